@@ -1,0 +1,47 @@
+# This file is part of meas_deeplearn.
+#
+# Developed for the LSST Data Management System.
+# This product includes software developed by the LSST Project
+# (https://www.lsst.org).
+# See the COPYRIGHT file at the top-level directory of this distribution
+# for details of code ownership.
+#
+# This program is free software: you can redistribute it and/or modify
+# it under the terms of the GNU General Public License as published by
+# the Free Software Foundation, either version 3 of the License, or
+# (at your option) any later version.
+#
+# This program is distributed in the hope that it will be useful,
+# but WITHOUT ANY WARRANTY; without even the implied warranty of
+# MERCHANTABILITY or FITNESS FOR A PARTICULAR PURPOSE.  See the
+# GNU General Public License for more details.
+#
+# You should have received a copy of the GNU General Public License
+# along with this program.  If not, see <https://www.gnu.org/licenses/>.
+
+"""Sphinx configuration; build with ``sphinx-build -W doc doc/_build``."""
+
+import lsst.meas.deeplearn
+
+project = "meas_deeplearn"
+copyright = "2026, the meas_deeplearn developers"
+release = lsst.meas.deeplearn.__version__
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build", "changes"]
+templates_path = ["_templates"]
+html_theme = "furo"
+html_title = "meas_deeplearn"
+
+# Docstrings write names in single backquotes, as all of LSST does.
+default_role = "py:obj"
+autosummary_generate = True
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = False
+napoleon_use_ivar = True
