@@ -1,0 +1,584 @@
+# This file is part of meas_deeplearn.
+#
+# Developed for the LSST Data Management System.
+# This product includes software developed by the LSST Project
+# (https://www.lsst.org).
+# See the COPYRIGHT file at the top-level directory of this distribution
+# for details of code ownership.
+#
+# This program is free software: you can redistribute it and/or modify
+# it under the terms of the GNU General Public License as published by
+# the Free Software Foundation, either version 3 of the License, or
+# (at your option) any later version.
+#
+# This program is distributed in the hope that it will be useful,
+# but WITHOUT ANY WARRANTY; without even the implied warranty of
+# MERCHANTABILITY or FITNESS FOR A PARTICULAR PURPOSE.  See the
+# GNU General Public License for more details.
+#
+# You should have received a copy of the GNU General Public License
+# along with this program.  If not, see <https://www.gnu.org/licenses/>.
+
+"""One patch of coadds, bands in order, from lsst.images or lsst.afw."""
+
+from __future__ import annotations
+
+__all__ = ("CellPsf", "CoaddPlanes", "MultibandCoadd", "canonical_mask_plane", "shift_kernel")
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import astropy.units as u
+import numpy as np
+from astropy.coordinates import SkyCoord
+from scipy.ndimage import convolve1d
+
+from lsst.images import (
+    YX,
+    BoundsError,
+    Box,
+    GeneralFrame,
+    Mask,
+    MaskedImage,
+    MaskPlane,
+    SkyProjection,
+    get_legacy_deep_coadd_mask_planes,
+    get_legacy_non_cell_coadd_mask_planes,
+)
+from lsst.images.cells import CellCoadd, CellGrid, CellPointSpreadFunction, PatchDefinition
+
+if TYPE_CHECKING:
+    from lsst.daf.butler import DeferredDatasetHandle
+    from lsst.images.psfs import PointSpreadFunction
+    from lsst.pipe.base import InMemoryDatasetHandle
+
+LEGACY_MASK_PLANES: Mapping[str, str] = {
+    old: plane.name
+    for old, plane in (get_legacy_non_cell_coadd_mask_planes() | get_legacy_deep_coadd_mask_planes()).items()
+}
+"""Name of every stock afw coadd mask plane in lsst.images."""
+
+AFW_ONLY_MASK_PLANES = frozenset({"BAD", "SUSPECT", "VIGNETTED", "STREAK", "DETECTED_NEGATIVE", "EDGE"})
+"""Planes that only some coadds have; asking for them is never an error."""
+
+PSF_CELL_SIZE = 150
+"""Side in pixels of the cells on which a continuous PSF model is sampled."""
+
+SAME_GRID_TOLERANCE = 0.01
+"""Largest distance in pixels between the WCSs of bands of one patch."""
+
+
+def canonical_mask_plane(name: str) -> str:
+    """Return the lsst.images name of a mask plane given under either scheme.
+
+    Parameters
+    ----------
+    name
+        Name of a plane as in lsst.images (``SATURATED``) or in afw (``SAT``).
+    """
+    return LEGACY_MASK_PLANES.get(name, name)
+
+
+def shift_kernel(kernel: np.ndarray, *, dx: float, dy: float) -> np.ndarray:
+    """Shift a PSF kernel image by a fraction of a pixel.
+
+    Lanczos interpolation of order 5, as ``lsst.afw.math.offsetImage`` does
+    for ``computeImage``, so that PSF images agree with those of the stack
+    without having it.
+
+    Parameters
+    ----------
+    kernel
+        PSF image centred on a pixel, shape ``(y, x)``.
+    dx, dy
+        Shift in pixels, at most 0.5 in absolute value.
+    """
+    offsets = np.arange(-5, 6)
+    for axis, shift in ((0, dy), (1, dx)):
+        if shift != 0.0:
+            weights = np.sinc(offsets - shift) * np.sinc((offsets - shift) / 5)
+            weights[np.abs(offsets - shift) >= 5] = 0.0
+            kernel = convolve1d(kernel, weights / weights.sum(), axis=axis, mode="constant")
+    return kernel
+
+
+class CellPsf:
+    """The PSF of a coadd, evaluated once in each cell of a grid.
+
+    Parameters
+    ----------
+    evaluate
+        Function of keywords ``x`` and ``y`` (pixels of the coadd) that
+        returns the kernel image centred on a pixel, of any odd shape.
+    grid
+        Cells in which the kernel counts as constant.
+    failures
+        Exceptions by which ``evaluate`` says that it has no PSF at a place.
+
+    Notes
+    -----
+    Cell coadds have one PSF in each cell by construction.  The PSF of an afw
+    coadd changes from pixel to pixel and takes milliseconds to evaluate; it
+    is evaluated at the centre of each cell.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[..., np.ndarray],
+        grid: CellGrid,
+        failures: tuple[type[Exception], ...] = (),
+    ) -> None:
+        self._evaluate = evaluate
+        self._grid = grid
+        self._failures = failures
+        self._kernels: dict[tuple[int, int], np.ndarray | None] = {}
+
+    @classmethod
+    def from_images(cls, psf: PointSpreadFunction, bbox: Box) -> CellPsf:
+        """Wrap a PSF model of lsst.images."""
+        if isinstance(psf, CellPointSpreadFunction):
+            grid = psf.grid
+        else:
+            grid = _make_grid(bbox)
+
+        def evaluate(*, x: float, y: float) -> np.ndarray:
+            return np.asarray(psf.compute_kernel_image(x=x, y=y).array, dtype=np.float64)
+
+        return cls(evaluate, grid, failures=(BoundsError,))
+
+    @classmethod
+    def from_legacy(cls, psf: Any, bbox: Box) -> CellPsf:
+        """Wrap an `lsst.afw.detection.Psf`.
+
+        Notes
+        -----
+        ``lsst.images.psfs.PointSpreadFunction.from_legacy`` is not used: it
+        needs packages that a repository of coadds does not, and fails for
+        every position of a ``CoaddPsf`` that has a hole at a corner.
+        """
+        from lsst.afw.detection import InvalidPsfError
+        from lsst.geom import Point2D
+
+        def evaluate(*, x: float, y: float) -> np.ndarray:
+            # Point2D truncates float32 to integers.
+            return np.array(psf.computeKernelImage(Point2D(float(x), float(y))).array, dtype=np.float64)
+
+        return cls(evaluate, _make_grid(bbox), failures=(InvalidPsfError,))
+
+    def compute_kernel(self, *, x: float, y: float) -> np.ndarray | None:
+        """Return the kernel image of the cell that holds a position.
+
+        Parameters
+        ----------
+        x, y
+            Position in pixels of the coadd.
+
+        Returns
+        -------
+        kernel
+            PSF centred on a pixel, or `None` where the coadd has no PSF.
+        """
+        index = self._grid.index_of(x=round(x), y=round(y))
+        if (key := index.as_tuple()) not in self._kernels:
+            center = self._grid.bbox_of(index)
+            kernel = self._try(x=center.x.center, y=center.y.center)
+            # The centre of a cell may be the one place without input images.
+            self._kernels[key] = self._try(x=x, y=y) if kernel is None else kernel
+        return self._kernels[key]
+
+    def _try(self, *, x: float, y: float) -> np.ndarray | None:
+        try:
+            kernel = self._evaluate(x=x, y=y)
+        except self._failures:
+            return None
+        return kernel if np.isfinite(kernel).all() else None
+
+
+def _make_grid(bbox: Box) -> CellGrid:
+    """Cover a box with cells, the last ones reaching beyond it."""
+    shape = [-(-size // PSF_CELL_SIZE) * PSF_CELL_SIZE for size in bbox.shape]
+    return CellGrid(bbox=Box.from_shape(shape, start=bbox.start), cell_shape=YX(PSF_CELL_SIZE, PSF_CELL_SIZE))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CoaddPlanes:
+    """The planes of one band of a patch."""
+
+    image: np.ndarray
+    """Pixel values in nJy, shape ``(y, x)``."""
+
+    variance: np.ndarray
+    """Variance in nJy squared, shape ``(y, x)``."""
+
+    mask: Mask
+    """Mask planes under their lsst.images names."""
+
+    psf: CellPsf | None
+    """PSF model, or `None` if the coadd came without one."""
+
+    missing_cells: tuple[Box, ...] = ()
+    """Boxes of the cells that have no input images."""
+
+
+class MultibandCoadd:
+    """The coadds of one patch, bands in order, all on one pixel grid.
+
+    Parameters
+    ----------
+    bands
+        Names of the bands, in the order in which arrays will hold them.
+    planes
+        Planes of each band; a band without planes is a missing band.
+    bbox
+        Bounding box of the patch in pixels of the tract.
+    sky_projection
+        Map between these pixels and the sky.
+    inner_bbox
+        The part of the patch that no other patch of the tract covers, where
+        it is known.
+
+    Raises
+    ------
+    ValueError
+        Raised if no band has planes.
+    """
+
+    def __init__(
+        self,
+        bands: Sequence[str],
+        planes: Mapping[str, CoaddPlanes],
+        *,
+        bbox: Box,
+        sky_projection: SkyProjection[Any],
+        inner_bbox: Box | None = None,
+    ) -> None:
+        if not planes:
+            raise ValueError(f"None of the bands {', '.join(bands)} has a coadd.")
+        self.bands = tuple(bands)
+        self.planes = dict(planes)
+        self.bbox = bbox
+        self.sky_projection = sky_projection
+        self.inner_bbox = inner_bbox
+
+    @classmethod
+    def from_coadds(cls, coadds: Mapping[str, Any], bands: Sequence[str] | None = None) -> MultibandCoadd:
+        """Make from coadds in memory.
+
+        Parameters
+        ----------
+        coadds
+            `lsst.images.cells.CellCoadd`, `lsst.images.MaskedImage` or
+            `lsst.afw.image.ExposureF` of each band.
+        bands
+            Bands to take, in this order; all of ``coadds`` by default.
+            A band that is not in ``coadds`` is a missing band.
+
+        Raises
+        ------
+        TypeError
+            Raised if a coadd has none of these types.
+        ValueError
+            Raised if a coadd is not calibrated to flux densities, has no sky
+            projection, or does not share the grid of the others.
+        """
+        bands = tuple(coadds if bands is None else bands)
+        planes: dict[str, CoaddPlanes] = {}
+        first: tuple[str, MaskedImage] | None = None
+        inner_bbox = None
+        for band in bands:
+            if band not in coadds:
+                continue
+            masked_image, psf, missing_cells = _adapt(coadds[band], band)
+            if first is None:
+                first = band, masked_image
+                inner_bbox = _get_inner_bbox(coadds[band])
+            else:
+                _check_same_grid(*first, band, masked_image)
+            to_njy = _compute_njy_factor(masked_image, band)
+            planes[band] = CoaddPlanes(
+                image=_scaled(masked_image.image.array, to_njy),
+                variance=_scaled(masked_image.variance.array, to_njy**2),
+                mask=masked_image.mask,
+                psf=psf,
+                missing_cells=missing_cells,
+            )
+        if first is None:
+            raise ValueError(f"None of the bands {', '.join(bands)} has a coadd.")
+        projection = first[1].sky_projection
+        return cls(bands, planes, bbox=first[1].bbox, sky_projection=projection, inner_bbox=inner_bbox)
+
+    @classmethod
+    def read(
+        cls,
+        handles: Iterable[DeferredDatasetHandle | InMemoryDatasetHandle],
+        bands: Sequence[str],
+    ) -> MultibandCoadd:
+        """Read the coadds of a patch, each plane once.
+
+        Parameters
+        ----------
+        handles
+            Deferred handles of coadds with a ``band`` in their data ID.
+        bands
+            Bands to take, in this order; others are not read.
+
+        Raises
+        ------
+        ValueError
+            Raised as by `from_coadds`.
+        """
+        coadds = {str(handle.dataId["band"]): handle for handle in handles}
+        return cls.from_coadds({band: _read(coadds[band]) for band in bands if band in coadds}, bands)
+
+    @property
+    def missing_bands(self) -> tuple[str, ...]:
+        """Bands for which this patch has no coadd."""
+        return tuple(band for band in self.bands if band not in self.planes)
+
+    @property
+    def pixel_scale(self) -> float:
+        """Side of a pixel at the centre of the patch, in arcsec."""
+        x, y = self.bbox.x.center, self.bbox.y.center
+        corner, right, up = self.sky_projection.pixel_to_sky(
+            x=np.array([x, x + 1.0, x]), y=np.array([y, y, y + 1.0])
+        )
+        return float(np.sqrt(corner.separation(right).arcsec * corner.separation(up).arcsec))
+
+    def sky_to_pixel(self, *, ra: np.ndarray, dec: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positions ``(x, y)`` in pixels of sky coordinates.
+
+        Parameters
+        ----------
+        ra, dec
+            ICRS coordinates in degrees, shape ``(N,)``.
+        """
+        ra, dec = np.asarray(ra, dtype=np.float64), np.asarray(dec, dtype=np.float64)
+        xy = self.sky_projection.sky_to_pixel(SkyCoord(ra=ra * u.deg, dec=dec * u.deg))
+        return np.asarray(xy.x, dtype=np.float64), np.asarray(xy.y, dtype=np.float64)
+
+    def pixel_to_sky(self, *, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ICRS coordinates ``(ra, dec)`` in degrees of pixels.
+
+        Parameters
+        ----------
+        x, y
+            Positions in pixels of the tract, shape ``(N,)``.
+        """
+        sky = self.sky_projection.pixel_to_sky(x=np.asarray(x, np.float64), y=np.asarray(y, np.float64))
+        return np.asarray(sky.ra.deg), np.asarray(sky.dec.deg)
+
+    def compute_mask(self, band: str, names: Iterable[str]) -> np.ndarray:
+        """Return which pixels have any of the named mask planes set.
+
+        Parameters
+        ----------
+        band
+            A band that is not missing.
+        names
+            Mask planes, under their lsst.images or afw names.
+
+        Raises
+        ------
+        ValueError
+            Raised for a name that neither this coadd nor any LSST coadd
+            knows; a plane that merely this coadd lacks is not set anywhere.
+        """
+        mask = self.planes[band].mask
+        known = set(mask.schema.names)
+        wanted = {canonical_mask_plane(name) for name in names}
+        if unknown := wanted - known - set(LEGACY_MASK_PLANES.values()) - AFW_ONLY_MASK_PLANES:
+            raise ValueError(
+                f"No coadd has mask planes {sorted(unknown)}; the {band} coadd has {sorted(known)}."
+            )
+        if not (present := wanted & known):
+            return np.zeros(self.bbox.shape, dtype=bool)
+        # A loop over bytes: a reduction over the short last axis is slow.
+        result = np.zeros(self.bbox.shape, dtype=bool)
+        for byte, bits in enumerate(mask.schema.bitmask(*present)):
+            if bits:
+                result |= (mask.array[..., byte] & bits) != 0
+        return result
+
+    def compute_bad_pixels(self, band: str, names: Iterable[str]) -> np.ndarray:
+        """Return which pixels hold no usable measurement.
+
+        These are the pixels with one of the named mask planes, those whose
+        value or variance is not finite or whose variance is not positive,
+        and those of missing cells.
+
+        Parameters
+        ----------
+        band
+            A band that is not missing.
+        names
+            Mask planes, under their lsst.images or afw names.
+        """
+        planes = self.planes[band]
+        bad = self.compute_mask(band, names)
+        bad |= ~np.isfinite(planes.image)
+        bad |= ~(planes.variance > 0) | ~np.isfinite(planes.variance)
+        for cell in planes.missing_cells:
+            bad[cell.intersection(self.bbox).slice_within(self.bbox)] = True
+        return bad
+
+    def compute_psf_kernel(self, band: str, *, x: float, y: float, size: int) -> np.ndarray | None:
+        """Return the image of a star at a position, on a stamp of odd size.
+
+        Parameters
+        ----------
+        band
+            A band that is not missing.
+        x, y
+            Position in pixels of the tract.  The stamp is centred on the
+            nearest pixel, the star on the position itself.
+        size
+            Side of the stamp in pixels.
+
+        Returns
+        -------
+        kernel
+            Shape ``(size, size)``, of unit sum but for what the stamp cuts
+            off; `None` where the coadd has no PSF.
+        """
+        psf = self.planes[band].psf
+        kernel = None if psf is None else psf.compute_kernel(x=x, y=y)
+        if kernel is None:
+            return None
+        kernel = _pad_or_crop(kernel, size + 10)
+        kernel = shift_kernel(kernel, dx=x - np.floor(x + 0.5), dy=y - np.floor(y + 0.5))
+        return _pad_or_crop(kernel, size)
+
+
+def _pad_or_crop(kernel: np.ndarray, size: int) -> np.ndarray:
+    """Change the size of an odd-sided stamp about its central pixel."""
+    out = np.zeros((size, size), dtype=kernel.dtype)
+    ry, rx = (min(n, size) // 2 for n in kernel.shape)
+    cy, cx = (n // 2 for n in kernel.shape)
+    c = size // 2
+    out[c - ry : c + ry + 1, c - rx : c + rx + 1] = kernel[cy - ry : cy + ry + 1, cx - rx : cx + rx + 1]
+    return out
+
+
+def _read(handle: DeferredDatasetHandle | InMemoryDatasetHandle) -> Any:
+    """Read the planes that are used here, and no others, from one dataset."""
+    ref = getattr(handle, "ref", None)
+    if ref is None or ref.datasetType.storageClass_name != "CellCoadd":
+        return handle.get()
+    names = ["image", "mask", "variance", "psf", "sky_projection"]
+    planes = handle.get(component="components", parameters={"components": names})
+    box = planes["image"].bbox
+    one_pixel = Box.from_shape((1, 1), start=(box.y.start, box.x.start))
+    return CellCoadd(
+        planes["image"],
+        mask=planes["mask"],
+        variance=planes["variance"],
+        sky_projection=planes["sky_projection"],
+        psf=planes["psf"],
+        # There is no component for the patch definition.
+        patch=_get_patch(handle.get(parameters={"bbox": one_pixel})),
+    )
+
+
+def _get_patch(coadd: CellCoadd) -> PatchDefinition | None:
+    try:
+        return coadd.patch
+    except AttributeError:
+        return None
+
+
+def _get_inner_bbox(coadd: Any) -> Box | None:
+    patch = _get_patch(coadd) if isinstance(coadd, CellCoadd) else None
+    return None if patch is None else patch.inner_bbox
+
+
+def _adapt(coadd: Any, band: str) -> tuple[MaskedImage, CellPsf | None, tuple[Box, ...]]:
+    """Return pixels, PSF and missing cells of a coadd of any type."""
+    if hasattr(coadd, "getMaskedImage"):
+        masked_image, psf = _adapt_legacy(coadd, band), None
+        if (legacy_psf := coadd.getPsf()) is not None:
+            psf = CellPsf.from_legacy(legacy_psf, masked_image.bbox)
+        return masked_image, psf, ()
+    if not isinstance(coadd, MaskedImage):
+        raise TypeError(
+            f"The {band} coadd is a {type(coadd).__module__}.{type(coadd).__qualname__}; expected an "
+            "lsst.images CellCoadd or MaskedImage, or an lsst.afw.image.ExposureF."
+        )
+    if coadd.sky_projection is None:
+        raise ValueError(f"The {band} coadd has no sky projection, so objects cannot be placed on it.")
+    if not isinstance(coadd, CellCoadd):
+        return coadd, None, ()
+    bounds = coadd.psf.bounds
+    missing = tuple(bounds.grid.bbox_of(cell) for cell in sorted(bounds.missing))
+    return (
+        coadd,
+        CellPsf.from_images(coadd.psf, coadd.bbox),
+        tuple(box for box in missing if _overlaps(box, coadd.bbox)),
+    )
+
+
+def _adapt_legacy(exposure: Any, band: str) -> MaskedImage:
+    """Convert an `lsst.afw.image.ExposureF` coadd to nJy and lsst.images."""
+    photo_calib = exposure.getPhotoCalib()
+    # A default PhotoCalib has mean zero, and would calibrate to all zeros.
+    if photo_calib is None or not photo_calib.getCalibrationMean() > 0:
+        raise ValueError(f"The {band} coadd has no photometric calibration to nJy (PhotoCalib).")
+    if exposure.getWcs() is None:
+        raise ValueError(f"The {band} coadd has no WCS, so objects cannot be placed on it.")
+    legacy = photo_calib.calibrateImage(exposure.getMaskedImage())
+    box = Box.from_legacy(exposure.getBBox())
+    return MaskedImage.from_legacy(
+        legacy,
+        unit=u.nJy,
+        plane_map=_make_plane_map(legacy.getMask().getMaskPlaneDict()),
+        sky_projection=SkyProjection.from_legacy(
+            exposure.getWcs(), GeneralFrame(unit=u.pix), pixel_bounds=box
+        ),
+    )
+
+
+def _make_plane_map(legacy_planes: Mapping[str, int]) -> dict[str, MaskPlane]:
+    """Map every plane of an afw mask, those of no stock map by their name."""
+    stock = get_legacy_non_cell_coadd_mask_planes() | get_legacy_deep_coadd_mask_planes()
+    return {name: stock.get(name, MaskPlane(name, f"Legacy plane {name}.")) for name in legacy_planes}
+
+
+def _overlaps(box: Box, other: Box) -> bool:
+    return all(a.start < b.stop and b.start < a.stop for a, b in ((box.y, other.y), (box.x, other.x)))
+
+
+def _compute_njy_factor(masked_image: MaskedImage, band: str) -> float:
+    """Return the factor from the unit of a coadd to nJy."""
+    unit = masked_image.unit
+    try:
+        return float((1.0 * u.Unit(unit)).to_value(u.nJy))
+    except (u.UnitConversionError, TypeError) as err:
+        raise ValueError(
+            f"The {band} coadd has pixels in {unit if unit is not None else 'no unit'}; flux densities "
+            "convertible to nJy are needed.  Calibrate it first."
+        ) from err
+
+
+def _scaled(array: np.ndarray, factor: float) -> np.ndarray:
+    array = np.asarray(array, dtype=np.float32)
+    return array if factor == 1.0 else array * np.float32(factor)
+
+
+def _check_same_grid(first_band: str, first: MaskedImage, band: str, other: MaskedImage) -> None:
+    """Raise ValueError if two coadds of a patch do not share one grid."""
+    if first.bbox != other.bbox:
+        raise ValueError(
+            f"The coadds of one patch must share one pixel grid: {first_band} covers {first.bbox} and "
+            f"{band} covers {other.bbox}."
+        )
+    assert first.sky_projection is not None
+    assert other.sky_projection is not None
+    x = np.array([first.bbox.x.min, first.bbox.x.max], dtype=np.float64)
+    y = np.array([first.bbox.y.min, first.bbox.y.max], dtype=np.float64)
+    xy = other.sky_projection.sky_to_pixel(first.sky_projection.pixel_to_sky(x=x, y=y))
+    distance = float(np.hypot(xy.x - x, xy.y - y).max())
+    if not distance < SAME_GRID_TOLERANCE:
+        raise ValueError(
+            f"The coadds of one patch must share one pixel grid: the WCSs of {first_band} and {band} "
+            f"differ by {distance:.3g} pixels."
+        )

@@ -1,0 +1,135 @@
+# This file is part of meas_deeplearn.
+#
+# Developed for the LSST Data Management System.
+# This product includes software developed by the LSST Project
+# (https://www.lsst.org).
+# See the COPYRIGHT file at the top-level directory of this distribution
+# for details of code ownership.
+#
+# This program is free software: you can redistribute it and/or modify
+# it under the terms of the GNU General Public License as published by
+# the Free Software Foundation, either version 3 of the License, or
+# (at your option) any later version.
+#
+# This program is distributed in the hope that it will be useful,
+# but WITHOUT ANY WARRANTY; without even the implied warranty of
+# MERCHANTABILITY or FITNESS FOR A PARTICULAR PURPOSE.  See the
+# GNU General Public License for more details.
+#
+# You should have received a copy of the GNU General Public License
+# along with this program.  If not, see <https://www.gnu.org/licenses/>.
+
+"""The pixel scaling of a model, the same in training and in use."""
+
+from __future__ import annotations
+
+__all__ = ("Preprocessing",)
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .cutouts import Cutouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """Scaling of pixels in nJy to the inputs of a network.
+
+    Each band is divided by its noise, clipped, and stretched; bad pixels
+    become 0.
+    """
+
+    noise: str | tuple[float, ...] = "variance"
+    """``"variance"`` for the square root of the median variance of the good
+    pixels of each stamp and band, or a constant for each band in nJy, as
+    Lanusse et al. (2018) take it from the training set."""
+
+    mean: tuple[float, ...] | None = None
+    """Value in nJy of each band to subtract first (Lanusse et al. 2018), or
+    `None`."""
+
+    clip: float = 250.0
+    """Largest absolute value, in units of the noise (Lanusse et al. 2018)."""
+
+    softening: float | None = None
+    """Scale in units of the noise of an inverse hyperbolic sine stretch, or
+    `None` for a linear one."""
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Preprocessing:
+        """Make from a mapping as `to_settings` returns it.
+
+        Raises
+        ------
+        ValueError
+            Raised for a setting that does not exist here.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if unknown := set(settings) - names:
+            raise ValueError(f"Unknown preprocessing settings {sorted(unknown)}; there are {sorted(names)}.")
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        return cls(**values)
+
+    def to_settings(self) -> dict[str, Any]:
+        """Return the settings as types that JSON has."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    def apply(self, cutouts: Cutouts) -> np.ndarray:
+        """Return network inputs, float32, shape ``(N, bands, y, x)``.
+
+        Parameters
+        ----------
+        cutouts
+            Stamps in nJy.
+        """
+        return self.scale(cutouts.image, variance=cutouts.variance, bad=cutouts.bad)
+
+    def scale(self, image: np.ndarray, *, variance: np.ndarray, bad: np.ndarray) -> np.ndarray:
+        """Return network inputs, float32, shape ``(N, bands, y, x)``.
+
+        Parameters
+        ----------
+        image, variance, bad
+            Pixels in nJy, their variance and whether they are unusable, all
+            of shape ``(N, bands, y, x)``.
+        """
+        if self.noise == "variance":
+            noise = compute_noise(variance, bad)[..., None, None]
+        else:
+            noise = np.asarray(self.noise, dtype=np.float32)[:, None, None]
+        x = np.where(bad, 0.0, image).astype(np.float32, copy=False)
+        if self.mean is not None:
+            x = x - np.asarray(self.mean, dtype=np.float32)[:, None, None]
+        x = np.clip(x / noise, -self.clip, self.clip)
+        if self.softening is not None:
+            x = np.arcsinh(x / np.float32(self.softening))
+        x[bad] = 0.0
+        return x
+
+
+def compute_noise(variance: np.ndarray, bad: np.ndarray) -> np.ndarray:
+    """Return the noise of each stamp and band, shape ``(N, bands)``.
+
+    Parameters
+    ----------
+    variance, bad
+        Variance and whether pixels are unusable, shape
+        ``(N, bands, y, x)``.
+
+    Returns
+    -------
+    noise
+        Square root of the median variance of the good pixels, and 1 where
+        there are none.
+    """
+    flat = np.where(bad, np.nan, variance).reshape(*variance.shape[:2], -1)
+    noise = np.ones(variance.shape[:2], dtype=np.float32)
+    usable = ~bad.reshape(flat.shape).all(axis=-1)
+    noise[usable] = np.sqrt(np.nanmedian(flat[usable], axis=-1))
+    return noise
