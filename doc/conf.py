@@ -40,6 +40,7 @@ html_title = "meas_deeplearn"
 
 # Docstrings write names in single backquotes, as all of LSST does.
 default_role = "py:obj"
+suppress_warnings = ["ref.python"]  # `x` is an attribute of many classes
 autosummary_generate = True
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

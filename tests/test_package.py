@@ -105,9 +105,11 @@ def test_butler_subcommands_are_registered() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(TOP)))
 def test_sources_are_in_order(path: Path) -> None:
-    """Every source file has the licence header and no absolute path."""
+    """Every source file has the licence header, unless it is a table or a
+    few lines of configuration, and no absolute path.
+    """
     text = path.read_text()
-    if path.suffix != ".table":
+    if path.suffix != ".table" and TOP / "config" not in path.parents:
         assert "# This file is part of meas_deeplearn.\n" in text
         assert "GNU General Public License" in text
     assert not re.search(r"(^|[^\w./])/(tmp|work|root|home|Users)/", text)
@@ -118,8 +120,8 @@ def _eups_uri(name: str) -> str:
 
 
 def _pipetask(*args: object) -> str:
-    """Return Python code that runs ``pipetask`` in its own process."""
-    return f"pipetask({[str(arg) for arg in args]}, standalone_mode=False)"
+    """Return Python code that runs ``pipetask``, which returns its status."""
+    return f"assert not pipetask({[str(arg) for arg in args]}, standalone_mode=False)"
 
 
 def _check_loads_no_torch(*statements: str) -> None:

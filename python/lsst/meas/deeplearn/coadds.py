@@ -26,13 +26,13 @@ from __future__ import annotations
 __all__ = ("CellPsf", "CoaddPlanes", "MultibandCoadd", "canonical_mask_plane", "shift_kernel")
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import astropy.units as u
 import numpy as np
 from astropy.coordinates import SkyCoord
-from scipy.ndimage import convolve1d
 
 from lsst.images import (
     YX,
@@ -44,9 +44,20 @@ from lsst.images import (
     MaskPlane,
     SkyProjection,
     get_legacy_deep_coadd_mask_planes,
+    get_legacy_difference_image_mask_planes,
     get_legacy_non_cell_coadd_mask_planes,
+    get_legacy_optional_mask_planes,
+    get_legacy_template_mask_planes,
+    get_legacy_visit_image_mask_planes,
 )
-from lsst.images.cells import CellCoadd, CellGrid, CellPointSpreadFunction, PatchDefinition
+from lsst.images.cells import (
+    CellCoadd,
+    CellGrid,
+    CellGridBounds,
+    CellIJ,
+    CellPointSpreadFunction,
+    PatchDefinition,
+)
 
 if TYPE_CHECKING:
     from lsst.daf.butler import DeferredDatasetHandle
@@ -55,18 +66,31 @@ if TYPE_CHECKING:
 
 LEGACY_MASK_PLANES: Mapping[str, str] = {
     old: plane.name
-    for old, plane in (get_legacy_non_cell_coadd_mask_planes() | get_legacy_deep_coadd_mask_planes()).items()
+    for planes in (
+        get_legacy_visit_image_mask_planes(),
+        get_legacy_difference_image_mask_planes(),
+        get_legacy_template_mask_planes(),
+        get_legacy_optional_mask_planes(),
+        get_legacy_non_cell_coadd_mask_planes(),
+        get_legacy_deep_coadd_mask_planes(),
+    )
+    for old, plane in planes.items()
 }
-"""Name of every stock afw coadd mask plane in lsst.images."""
+"""Name in lsst.images of every mask plane of afw that LSST images have.
 
-AFW_ONLY_MASK_PLANES = frozenset({"BAD", "SUSPECT", "VIGNETTED", "STREAK", "DETECTED_NEGATIVE", "EDGE"})
-"""Planes that only some coadds have; asking for them is never an error."""
+Coadds inherit planes from visits, so those of visits are among them.
+"""
 
 PSF_CELL_SIZE = 150
 """Side in pixels of the cells on which a continuous PSF model is sampled."""
 
 SAME_GRID_TOLERANCE = 0.01
 """Largest distance in pixels between the WCSs of bands of one patch."""
+
+_UNREACHABLE = 1e100
+
+_LANCZOS = 5
+"""Order of the Lanczos interpolation of PSF kernels."""
 
 
 def canonical_mask_plane(name: str) -> str:
@@ -80,8 +104,14 @@ def canonical_mask_plane(name: str) -> str:
     return LEGACY_MASK_PLANES.get(name, name)
 
 
-def shift_kernel(kernel: np.ndarray, *, dx: float, dy: float) -> np.ndarray:
-    """Shift a PSF kernel image by a fraction of a pixel.
+def shift_kernel(
+    kernel: np.ndarray,
+    *,
+    dx: np.ndarray | float,
+    dy: np.ndarray | float,
+    size: int | None = None,
+) -> np.ndarray:
+    """Shift a PSF kernel image by fractions of a pixel.
 
     Lanczos interpolation of order 5, as ``lsst.afw.math.offsetImage`` does
     for ``computeImage``, so that PSF images agree with those of the stack
@@ -90,17 +120,29 @@ def shift_kernel(kernel: np.ndarray, *, dx: float, dy: float) -> np.ndarray:
     Parameters
     ----------
     kernel
-        PSF image centred on a pixel, shape ``(y, x)``.
+        PSF image centred on a pixel, shape ``(y, x)``, of odd sides.
     dx, dy
-        Shift in pixels, at most 0.5 in absolute value.
+        Shifts in pixels, at most 0.5 in absolute value; numbers, or arrays
+        of shape ``(N,)``.
+    size
+        Odd side of the shifted images; those of the kernel by default.
+
+    Returns
+    -------
+    shifted
+        Shape ``(y, x)``, or ``(N, y, x)`` for arrays of shifts.
     """
-    offsets = np.arange(-5, 6)
-    for axis, shift in ((0, dy), (1, dx)):
-        if shift != 0.0:
-            weights = np.sinc(offsets - shift) * np.sinc((offsets - shift) / 5)
-            weights[np.abs(offsets - shift) >= 5] = 0.0
-            kernel = convolve1d(kernel, weights / weights.sum(), axis=axis, mode="constant")
-    return kernel
+    weights = _lanczos_weights(dy)[..., :, None] * _lanczos_weights(dx)[..., None, :]
+    padded = np.pad(kernel, _LANCZOS) if size is None else _pad_or_crop(kernel, size + 2 * _LANCZOS)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, weights.shape[-2:])  # (y, x, 11, 11)
+    return np.tensordot(weights, windows[..., ::-1, ::-1], axes=((-2, -1), (-2, -1)))
+
+
+def _lanczos_weights(shift: np.ndarray | float) -> np.ndarray:
+    """Return the weights of the pixels from -5 to 5, along the last axis."""
+    offset = np.arange(-_LANCZOS, _LANCZOS + 1) - np.asarray(shift, dtype=np.float64)[..., None]
+    weights = np.where(np.abs(offset) < _LANCZOS, np.sinc(offset) * np.sinc(offset / _LANCZOS), 0.0)
+    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 class CellPsf:
@@ -115,6 +157,8 @@ class CellPsf:
         Cells in which the kernel counts as constant.
     failures
         Exceptions by which ``evaluate`` says that it has no PSF at a place.
+    missing_cells
+        Boxes of the cells that have no input images.
 
     Notes
     -----
@@ -128,7 +172,9 @@ class CellPsf:
         evaluate: Callable[..., np.ndarray],
         grid: CellGrid,
         failures: tuple[type[Exception], ...] = (),
+        missing_cells: Iterable[Box] = (),
     ) -> None:
+        self.missing_cells = tuple(missing_cells)
         self._evaluate = evaluate
         self._grid = grid
         self._failures = failures
@@ -137,15 +183,12 @@ class CellPsf:
     @classmethod
     def from_images(cls, psf: PointSpreadFunction, bbox: Box) -> CellPsf:
         """Wrap a PSF model of lsst.images."""
-        if isinstance(psf, CellPointSpreadFunction):
-            grid = psf.grid
-        else:
-            grid = _make_grid(bbox)
+        bounds = psf.bounds if isinstance(psf, CellPointSpreadFunction) else _make_cells(bbox)
 
         def evaluate(*, x: float, y: float) -> np.ndarray:
             return np.asarray(psf.compute_kernel_image(x=x, y=y).array, dtype=np.float64)
 
-        return cls(evaluate, grid, failures=(BoundsError,))
+        return cls(evaluate, bounds.grid, failures=(BoundsError,), missing_cells=bounds.missing_boxes())
 
     @classmethod
     def from_legacy(cls, psf: Any, bbox: Box) -> CellPsf:
@@ -164,7 +207,9 @@ class CellPsf:
             # Point2D truncates float32 to integers.
             return np.array(psf.computeKernelImage(Point2D(float(x), float(y))).array, dtype=np.float64)
 
-        return cls(evaluate, _make_grid(bbox), failures=(InvalidPsfError,))
+        # A StitchedPsf comes from a cell coadd, and knows its cells.
+        bounds = _get_legacy_cells(psf) if hasattr(psf, "grid") else _make_cells(bbox)
+        return cls(evaluate, bounds.grid, failures=(InvalidPsfError,), missing_cells=bounds.missing_boxes())
 
     def compute_kernel(self, *, x: float, y: float) -> np.ndarray | None:
         """Return the kernel image of the cell that holds a position.
@@ -179,13 +224,41 @@ class CellPsf:
         kernel
             PSF centred on a pixel, or `None` where the coadd has no PSF.
         """
-        index = self._grid.index_of(x=round(x), y=round(y))
+        pixel = YX(y=math.floor(y + 0.5), x=math.floor(x + 0.5))
+        index = self._grid.index_of(x=pixel.x, y=pixel.y)
         if (key := index.as_tuple()) not in self._kernels:
             center = self._grid.bbox_of(index)
-            kernel = self._try(x=center.x.center, y=center.y.center)
-            # The centre of a cell may be the one place without input images.
-            self._kernels[key] = self._try(x=x, y=y) if kernel is None else kernel
-        return self._kernels[key]
+            self._kernels[key] = self._try(x=center.x.center, y=center.y.center)
+        # The centre of a cell may be the one place without input images.
+        kernel = self._kernels[key]
+        return self._try(x=pixel.x, y=pixel.y) if kernel is None else kernel
+
+    def compute_stars(self, *, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
+        """Return the images of stars at positions.
+
+        Parameters
+        ----------
+        x, y
+            Positions in pixels of the coadd, shape ``(N,)``.
+        size
+            Odd side of the images in pixels.
+
+        Returns
+        -------
+        stars
+            Shape ``(N, size, size)``; NaN where the coadd has no PSF.
+        """
+        stars = np.full((len(x), size, size), np.nan)
+        dx, dy = x - np.floor(x + 0.5), y - np.floor(y + 0.5)
+        kernels = [self.compute_kernel(x=a, y=b) for a, b in zip(x, y, strict=True)]
+        # All stars of a cell share a kernel, and are shifted together.
+        rows_of: dict[int, list[int]] = {}
+        for row, kernel in enumerate(kernels):
+            rows_of.setdefault(id(kernel), []).append(row)
+        for rows in rows_of.values():
+            if (kernel := kernels[rows[0]]) is not None:
+                stars[rows] = shift_kernel(kernel, dx=dx[rows], dy=dy[rows], size=size)
+        return stars
 
     def _try(self, *, x: float, y: float) -> np.ndarray | None:
         try:
@@ -195,10 +268,21 @@ class CellPsf:
         return kernel if np.isfinite(kernel).all() else None
 
 
-def _make_grid(bbox: Box) -> CellGrid:
+def _make_cells(bbox: Box) -> CellGridBounds:
     """Cover a box with cells, the last ones reaching beyond it."""
     shape = [-(-size // PSF_CELL_SIZE) * PSF_CELL_SIZE for size in bbox.shape]
-    return CellGrid(bbox=Box.from_shape(shape, start=bbox.start), cell_shape=YX(PSF_CELL_SIZE, PSF_CELL_SIZE))
+    grid = CellGrid(bbox=Box.from_shape(shape, start=bbox.start), cell_shape=YX(PSF_CELL_SIZE, PSF_CELL_SIZE))
+    return CellGridBounds(grid=grid, bbox=grid.bbox)
+
+
+def _get_legacy_cells(psf: Any) -> CellGridBounds:
+    """Return the cells of an `lsst.cell_coadds.StitchedPsf`."""
+    # CellGrid.from_legacy refuses grids that are padded at their borders.
+    cell_shape = YX(y=psf.grid.cell_size.y, x=psf.grid.cell_size.x)
+    grid = CellGrid(bbox=Box.from_legacy(psf.grid.bbox), cell_shape=cell_shape)
+    every = {CellIJ(i=i, j=j) for i in range(grid.grid_size.i) for j in range(grid.grid_size.j)}
+    present = {CellIJ.from_legacy(index) for index in psf.images.keys()}
+    return CellGridBounds(grid=grid, bbox=grid.bbox, missing=frozenset(every - present))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -212,7 +296,7 @@ class CoaddPlanes:
     """Variance in nJy squared, shape ``(y, x)``."""
 
     mask: Mask
-    """Mask planes under their lsst.images names."""
+    """Mask planes, under their lsst.images or afw names."""
 
     psf: CellPsf | None
     """PSF model, or `None` if the coadd came without one."""
@@ -289,7 +373,7 @@ class MultibandCoadd:
         for band in bands:
             if band not in coadds:
                 continue
-            masked_image, psf, missing_cells = _adapt(coadds[band], band)
+            masked_image, psf = _adapt(coadds[band], band)
             if first is None:
                 first = band, masked_image
                 inner_bbox = _get_inner_bbox(coadds[band])
@@ -301,11 +385,12 @@ class MultibandCoadd:
                 variance=_scaled(masked_image.variance.array, to_njy**2),
                 mask=masked_image.mask,
                 psf=psf,
-                missing_cells=missing_cells,
+                missing_cells=() if psf is None else _overlapping(psf.missing_cells, masked_image.bbox),
             )
         if first is None:
             raise ValueError(f"None of the bands {', '.join(bands)} has a coadd.")
         projection = first[1].sky_projection
+        assert projection is not None  # As _adapt has checked.
         return cls(bands, planes, bbox=first[1].bbox, sky_projection=projection, inner_bbox=inner_bbox)
 
     @classmethod
@@ -352,10 +437,23 @@ class MultibandCoadd:
         ----------
         ra, dec
             ICRS coordinates in degrees, shape ``(N,)``.
+
+        Returns
+        -------
+        x, y
+            Positions in pixels of the tract; NaN for coordinates that are no
+            place on the sky, and for places that the projection cannot reach.
         """
         ra, dec = np.asarray(ra, dtype=np.float64), np.asarray(dec, dtype=np.float64)
-        xy = self.sky_projection.sky_to_pixel(SkyCoord(ra=ra * u.deg, dec=dec * u.deg))
-        return np.asarray(xy.x, dtype=np.float64), np.asarray(xy.y, dtype=np.float64)
+        x, y = np.full((2, len(ra)), np.nan)
+        on_sky = np.isfinite(ra) & (np.abs(dec) <= 90)
+        if on_sky.any():  # The projection takes no empty arrays.
+            sky = SkyCoord(ra=ra[on_sky] * u.deg, dec=dec[on_sky] * u.deg)
+            xy = self.sky_projection.sky_to_pixel(sky)
+            x[on_sky], y[on_sky] = xy.x, xy.y
+        # The projection says "unreachable" by the lowest number there is.
+        reached = (np.abs(x) < _UNREACHABLE) & (np.abs(y) < _UNREACHABLE)
+        return np.where(reached, x, np.nan), np.where(reached, y, np.nan)
 
     def pixel_to_sky(self, *, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the ICRS coordinates ``(ra, dec)`` in degrees of pixels.
@@ -365,6 +463,8 @@ class MultibandCoadd:
         x, y
             Positions in pixels of the tract, shape ``(N,)``.
         """
+        if len(x) == 0:  # The projection takes no empty arrays.
+            return np.empty(0), np.empty(0)
         sky = self.sky_projection.pixel_to_sky(x=np.asarray(x, np.float64), y=np.asarray(y, np.float64))
         return np.asarray(sky.ra.deg), np.asarray(sky.dec.deg)
 
@@ -385,14 +485,14 @@ class MultibandCoadd:
             knows; a plane that merely this coadd lacks is not set anywhere.
         """
         mask = self.planes[band].mask
-        known = set(mask.schema.names)
+        meanings = {name: canonical_mask_plane(name) for name in mask.schema.names}
         wanted = {canonical_mask_plane(name) for name in names}
-        if unknown := wanted - known - set(LEGACY_MASK_PLANES.values()) - AFW_ONLY_MASK_PLANES:
+        if unknown := wanted - set(meanings.values()) - set(LEGACY_MASK_PLANES.values()):
             raise ValueError(
-                f"No coadd has mask planes {sorted(unknown)}; the {band} coadd has {sorted(known)}."
+                f"No coadd has mask planes {sorted(unknown)}; the {band} coadd has {sorted(meanings)}."
             )
-        if not (present := wanted & known):
-            return np.zeros(self.bbox.shape, dtype=bool)
+        # A mask may have a plane under both of its names.
+        present = [name for name, meaning in meanings.items() if meaning in wanted]
         # A loop over bytes: a reduction over the short last axis is slow.
         result = np.zeros(self.bbox.shape, dtype=bool)
         for byte, bits in enumerate(mask.schema.bitmask(*present)):
@@ -441,13 +541,31 @@ class MultibandCoadd:
             Shape ``(size, size)``, of unit sum but for what the stamp cuts
             off; `None` where the coadd has no PSF.
         """
+        (star,) = self.compute_psf_kernels(band, x=np.array([x]), y=np.array([y]), size=size)
+        return star if np.isfinite(star).all() else None
+
+    def compute_psf_kernels(self, band: str, *, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
+        """Return the images of stars at many positions.
+
+        Parameters
+        ----------
+        band
+            A band that is not missing.
+        x, y
+            Positions in pixels of the tract, shape ``(N,)``.
+        size
+            Side of the stamps in pixels, odd.
+
+        Returns
+        -------
+        kernels
+            As from `compute_psf_kernel`, shape ``(N, size, size)``; NaN where
+            the coadd has no PSF.
+        """
         psf = self.planes[band].psf
-        kernel = None if psf is None else psf.compute_kernel(x=x, y=y)
-        if kernel is None:
-            return None
-        kernel = _pad_or_crop(kernel, size + 10)
-        kernel = shift_kernel(kernel, dx=x - np.floor(x + 0.5), dy=y - np.floor(y + 0.5))
-        return _pad_or_crop(kernel, size)
+        if psf is None:
+            return np.full((len(x), size, size), np.nan)
+        return psf.compute_stars(x=np.asarray(x, np.float64), y=np.asarray(y, np.float64), size=size)
 
 
 def _pad_or_crop(kernel: np.ndarray, size: int) -> np.ndarray:
@@ -492,13 +610,11 @@ def _get_inner_bbox(coadd: Any) -> Box | None:
     return None if patch is None else patch.inner_bbox
 
 
-def _adapt(coadd: Any, band: str) -> tuple[MaskedImage, CellPsf | None, tuple[Box, ...]]:
-    """Return pixels, PSF and missing cells of a coadd of any type."""
+def _adapt(coadd: Any, band: str) -> tuple[MaskedImage, CellPsf | None]:
+    """Return pixels and PSF of a coadd of any type."""
     if hasattr(coadd, "getMaskedImage"):
-        masked_image, psf = _adapt_legacy(coadd, band), None
-        if (legacy_psf := coadd.getPsf()) is not None:
-            psf = CellPsf.from_legacy(legacy_psf, masked_image.bbox)
-        return masked_image, psf, ()
+        masked_image, psf = _adapt_legacy(coadd, band), coadd.getPsf()
+        return masked_image, None if psf is None else CellPsf.from_legacy(psf, masked_image.bbox)
     if not isinstance(coadd, MaskedImage):
         raise TypeError(
             f"The {band} coadd is a {type(coadd).__module__}.{type(coadd).__qualname__}; expected an "
@@ -506,15 +622,7 @@ def _adapt(coadd: Any, band: str) -> tuple[MaskedImage, CellPsf | None, tuple[Bo
         )
     if coadd.sky_projection is None:
         raise ValueError(f"The {band} coadd has no sky projection, so objects cannot be placed on it.")
-    if not isinstance(coadd, CellCoadd):
-        return coadd, None, ()
-    bounds = coadd.psf.bounds
-    missing = tuple(bounds.grid.bbox_of(cell) for cell in sorted(bounds.missing))
-    return (
-        coadd,
-        CellPsf.from_images(coadd.psf, coadd.bbox),
-        tuple(box for box in missing if _overlaps(box, coadd.bbox)),
-    )
+    return coadd, CellPsf.from_images(coadd.psf, coadd.bbox) if isinstance(coadd, CellCoadd) else None
 
 
 def _adapt_legacy(exposure: Any, band: str) -> MaskedImage:
@@ -537,14 +645,21 @@ def _adapt_legacy(exposure: Any, band: str) -> MaskedImage:
     )
 
 
-def _make_plane_map(legacy_planes: Mapping[str, int]) -> dict[str, MaskPlane]:
-    """Map every plane of an afw mask, those of no stock map by their name."""
-    stock = get_legacy_non_cell_coadd_mask_planes() | get_legacy_deep_coadd_mask_planes()
-    return {name: stock.get(name, MaskPlane(name, f"Legacy plane {name}.")) for name in legacy_planes}
+def _make_plane_map(legacy_planes: Iterable[str]) -> dict[str, MaskPlane]:
+    """Map every plane of an afw mask to one of the same name.
+
+    Renaming them here would lose pixels: a process may have planes of both
+    names, such as SAT and SATURATED, and no stock map has all planes.
+    """
+    return {name: MaskPlane(name, f"Legacy plane {name}.") for name in legacy_planes}
 
 
-def _overlaps(box: Box, other: Box) -> bool:
-    return all(a.start < b.stop and b.start < a.stop for a, b in ((box.y, other.y), (box.x, other.x)))
+def _overlapping(boxes: Iterable[Box], bbox: Box) -> tuple[Box, ...]:
+    return tuple(
+        box
+        for box in boxes
+        if all(a.start < b.stop and b.start < a.stop for a, b in ((box.y, bbox.y), (box.x, bbox.x)))
+    )
 
 
 def _compute_njy_factor(masked_image: MaskedImage, band: str) -> float:
@@ -573,8 +688,9 @@ def _check_same_grid(first_band: str, first: MaskedImage, band: str, other: Mask
         )
     assert first.sky_projection is not None
     assert other.sky_projection is not None
-    x = np.array([first.bbox.x.min, first.bbox.x.max], dtype=np.float64)
-    y = np.array([first.bbox.y.min, first.bbox.y.max], dtype=np.float64)
+    # The four corners.
+    x = np.array([first.bbox.x.min, first.bbox.x.max] * 2, dtype=np.float64)
+    y = np.repeat([first.bbox.y.min, first.bbox.y.max], 2).astype(np.float64)
     xy = other.sky_projection.sky_to_pixel(first.sky_projection.pixel_to_sky(x=x, y=y))
     distance = float(np.hypot(xy.x - x, xy.y - y).max())
     if not distance < SAME_GRID_TOLERANCE:

@@ -27,6 +27,7 @@ __all__ = ("DEFAULT_BAD_PLANES", "CutoutExtractor", "Cutouts")
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import astropy.units as u
 import numpy as np
@@ -44,8 +45,8 @@ class Cutouts:
     """Stamps of N objects in B bands, and their quality.
 
     Stamps have an odd side of S pixels and are centred on the pixel nearest
-    to the object.  Pixels outside the coadd, in missing bands and in missing
-    cells are NaN and bad.
+    to the object.  Pixels outside the coadd and in missing bands are NaN and
+    bad; those in missing cells are bad.
     """
 
     bands: tuple[str, ...]
@@ -111,7 +112,8 @@ class Cutouts:
 
     def __getitem__(self, index: np.ndarray | slice) -> Cutouts:
         """Return the cutouts of some of the objects."""
-        return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in _ARRAY_NAMES})
+        arrays: dict[str, Any] = {name: getattr(self, name)[index] for name in _ARRAY_NAMES}
+        return dataclasses.replace(self, **arrays)
 
     def select_bands(self, bands: Sequence[str]) -> Cutouts:
         """Return the cutouts of some of the bands, in their order.
@@ -126,12 +128,12 @@ class Cutouts:
         if missing := [band for band in bands if band not in self.bands]:
             raise ValueError(f"Cutouts of bands {', '.join(self.bands)} have no {', '.join(missing)}.")
         order = [self.bands.index(band) for band in bands]
-        arrays = {name: getattr(self, name)[:, order] for name in _BAND_ARRAY_NAMES}
+        arrays: dict[str, Any] = {name: getattr(self, name)[:, order] for name in _BAND_ARRAY_NAMES}
         return dataclasses.replace(self, bands=tuple(bands), **arrays)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Cutouts]) -> Cutouts:
-        """Join cutouts of the same bands, size and pixel scale.
+        """Join cutouts of the same bands, sizes and pixel scale.
 
         Raises
         ------
@@ -142,15 +144,23 @@ class Cutouts:
             raise ValueError("There are no cutouts to join.")
         first = parts[0]
         for part in parts[1:]:
-            if (part.bands, part.size) != (first.bands, first.size) or not np.isclose(
-                part.pixel_scale, first.pixel_scale, rtol=1e-3
-            ):
-                raise ValueError(
-                    f"Cutouts of {part.bands}, {part.size} pixels of {part.pixel_scale:.4f} arcsec cannot "
-                    f"join those of {first.bands}, {first.size} pixels of {first.pixel_scale:.4f} arcsec."
-                )
-        return dataclasses.replace(
-            first, **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAY_NAMES}
+            if (part.bands, part.size, part.psf.shape[1:]) != (
+                first.bands,
+                first.size,
+                first.psf.shape[1:],
+            ) or not np.isclose(part.pixel_scale, first.pixel_scale, rtol=1e-3):
+                raise ValueError(f"Cutouts of {part._geometry} cannot join those of {first._geometry}.")
+        arrays: dict[str, Any] = {
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAY_NAMES
+        }
+        return dataclasses.replace(first, **arrays)
+
+    @property
+    def _geometry(self) -> str:
+        """What cutouts must share, for messages."""
+        return (
+            f"{','.join(self.bands)}, {self.size} pixels of {self.pixel_scale:.4f} arcsec with "
+            f"{self.psf.shape[-1]} pixels for the PSF"
         )
 
     def resample(self, pixel_scale: float, size: int) -> Cutouts:
@@ -196,7 +206,8 @@ class Cutouts:
         variance = weights**2 @ variance @ (weights**2).T
         psf = self.psf
         if k := psf.shape[-1]:
-            new_k = int(k / ratio) // 2 * 2 - 1
+            # The largest odd size that fits.
+            new_k = max((int(k / ratio + 1e-6) - 1) // 2 * 2 + 1, 1)
             psf_weights, _ = _make_resampling_matrices(k, new_k, ratio)
             psf = psf_weights @ psf @ psf_weights.T
         return dataclasses.replace(
@@ -211,6 +222,8 @@ class Cutouts:
         """
         table = Table()
         for name, unit, description in _COLUMNS:
+            if name == "psf" and self.psf.shape[-1] == 0:
+                continue  # Parquet has no arrays without elements.
             table[name] = Column(getattr(self, name), unit=unit, description=description)
         table["bands"] = Column([",".join(self.bands)] * len(self), dtype=str)
         table["bands"].description = "Bands, in the order of the second axis of the arrays"
@@ -229,20 +242,22 @@ class Cutouts:
             Raised if the table is empty, lacks columns, or mixes bands or
             pixel scales.
         """
-        if missing := {*_ARRAY_NAMES, "bands", "pixel_scale"} - set(table.colnames):
+        if missing := {*_ARRAY_NAMES, "bands", "pixel_scale"} - {"psf"} - set(table.colnames):
             raise ValueError(f"Not a table of cutouts: it has no columns {sorted(missing)}.")
         if len(table) == 0:
             raise ValueError("The table of cutouts is empty.")
-        bands, scales = (
-            {str(name) for name in table["bands"]},
-            np.asarray(table["pixel_scale"], dtype=np.float64),
-        )
+        bands = {str(name) for name in table["bands"]}
+        scales = np.asarray(table["pixel_scale"], dtype=np.float64)
         if len(bands) > 1 or np.ptp(scales) > 1e-3 * scales[0]:
             raise ValueError(
                 f"The table mixes cutouts of bands {sorted(bands)} and pixel scales from {scales.min():.4f} "
                 f"to {scales.max():.4f} arcsec."
             )
-        arrays = {name: np.asarray(table[name]) for name in _ARRAY_NAMES}
+        arrays: dict[str, Any] = {
+            name: np.asarray(table[name]) for name in _ARRAY_NAMES if name in table.colnames
+        }
+        if "psf" not in arrays:
+            arrays["psf"] = np.empty((*arrays["image"].shape[:2], 0, 0), dtype=np.float32)
         return cls(bands=tuple(bands.pop().split(",")), pixel_scale=float(scales[0]), **arrays)
 
 
@@ -316,15 +331,13 @@ class CutoutExtractor:
             Object IDs, shape ``(N,)``.
         ra, dec
             ICRS coordinates in degrees, shape ``(N,)``.  Objects outside the
-            patch get stamps that are bad and off the edge.
+            patch, and those without valid coordinates, get stamps that are
+            bad and off the edge.
         """
         coadd, size, bands = self._coadd, self._size, self._coadd.bands
         n = len(ids)
-        # A coordinate that is not finite has no pixel; it counts as outside.
         ra, dec = np.asarray(ra, dtype=np.float64), np.asarray(dec, dtype=np.float64)
-        known = np.isfinite(ra) & np.isfinite(dec)
-        x, y = np.full(n, np.nan), np.full(n, np.nan)
-        x[known], y[known] = coadd.sky_to_pixel(ra=ra[known], dec=dec[known])
+        x, y = coadd.sky_to_pixel(ra=ra, dec=dec)
         height, width = coadd.bbox.shape
         inside = _is_inside(x - coadd.bbox.x.start, width) & _is_inside(y - coadd.bbox.y.start, height)
         # Lower left pixels of the stamps, as indices into the planes.
@@ -355,12 +368,10 @@ class CutoutExtractor:
                 image[stamp] = planes.image[rows, columns]
                 variance[stamp] = planes.variance[rows, columns]
                 bad[stamp] = bad_plane[rows, columns]
-                if self._psf_size:
-                    kernel = coadd.compute_psf_kernel(band, x=x[k], y=y[k], size=self._psf_size)
-                    if kernel is not None:
-                        psf[k, b] = kernel
+            if side := self._psf_size:
+                psf[inside, b] = coadd.compute_psf_kernels(band, x=x[inside], y=y[inside], size=side)
             for cell in planes.missing_cells:
-                missing_cell[:, b] |= inside & cell.contains(x=np.round(x), y=np.round(y))
+                missing_cell[:, b] |= inside & cell.contains(x=x, y=y)
         missing_band = np.zeros((n, len(bands)), dtype=bool)
         missing_band[:] = [band in coadd.missing_bands for band in bands]
         return Cutouts(

@@ -60,7 +60,8 @@ class InferenceConfig(Config):
             "bfloat16": "Automatic mixed precision; faster, scores change by about 0.02.",
         },
     )
-    batchSize = RangeField[int](
+    batchSize = RangeField(
+        dtype=int,
         doc="Number of stamps in one pass; halved for as long as the GPU runs out of memory.",
         default=64,
         min=1,
@@ -105,7 +106,7 @@ def predict(
     import torch
 
     device = _choose_device(config.device)
-    network = network.to(device=device, memory_format=torch.channels_last)
+    network = network.to(device).to(memory_format=torch.channels_last)
     outputs = np.empty(len(inputs), dtype=np.float32)
     batch_size, start = config.batchSize, 0
     with (

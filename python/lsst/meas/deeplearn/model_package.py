@@ -38,7 +38,7 @@ import hashlib
 import importlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,8 @@ import pyarrow as pa
 import safetensors
 import safetensors.numpy
 from astropy.table import Table
+
+from lsst.resources import ResourcePath, ResourcePathExpression
 
 from .preprocessing import Preprocessing
 
@@ -98,6 +100,15 @@ class ModelSettings:
     network: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Further arguments of the constructor of the network."""
 
+    def __post_init__(self) -> None:
+        if not self.bands or len(set(self.bands)) < len(self.bands):
+            raise ValueError(f"A model needs bands, and each once; these are {self.bands}.")
+        if not self.pixel_scale > 0:
+            raise ValueError(f"The pixel scale must be positive; it is {self.pixel_scale}.")
+        if self.stamp_size < 1 or self.stamp_size % 2 == 0:
+            raise ValueError(f"Stamps have an odd number of pixels on a side, not {self.stamp_size}.")
+        self.preprocessing.check_bands(len(self.bands))
+
     def to_json(self) -> str:
         """Return the settings as a JSON object."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -148,26 +159,24 @@ class ModelPackage:
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of names, shapes, types and values of the weights."""
-        digest = hashlib.sha256()
-        for name in sorted(self.weights):
-            array = np.ascontiguousarray(self.weights[name])
-            digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-            digest.update(array.tobytes())
-        return digest.hexdigest()
+        """The SHA-256 of all that the package says and of its weights."""
+        return _compute_digest(self._to_metadata(), self.weights)
 
-    def to_bytes(self) -> bytes:
-        """Return the content of a ``.safetensors`` file."""
-        metadata = {
+    def _to_metadata(self) -> dict[str, str]:
+        """Return what the header says, but for the digest."""
+        return {
             "format": f"meas_deeplearn model package {FORMAT_VERSION}",
             "name": self.name,
             "version": self.version,
             "architecture": self.architecture,
             "settings": self.settings.to_json(),
             "record": json.dumps(self.record, sort_keys=True),
-            "digest": self.digest,
         }
-        arrays = {name: np.ascontiguousarray(array) for name, array in self.weights.items()}
+
+    def to_bytes(self) -> bytes:
+        """Return the content of a ``.safetensors`` file."""
+        metadata = self._to_metadata() | {"digest": self.digest}
+        arrays = {name: _as_stored(array) for name, array in self.weights.items()}
         return _sort_metadata(safetensors.numpy.save(arrays, metadata))
 
     @classmethod
@@ -188,8 +197,8 @@ class ModelPackage:
             or names an architecture that does not exist here.
         """
         try:
-            metadata = _read_metadata(content)
             weights = safetensors.numpy.load(content)
+            metadata = _read_metadata(content)
         except (safetensors.SafetensorError, ValueError, KeyError, struct.error) as err:
             raise ModelPackageError(
                 f"{source} is not a readable safetensors file ({err}); it may be truncated. Fetch it again."
@@ -198,6 +207,11 @@ class ModelPackage:
             raise ModelPackageError(
                 f"{source} is a safetensors file but not a meas_deeplearn model package of format "
                 f"{FORMAT_VERSION} (its format says {metadata.get('format')!r})."
+            )
+        # Of the text as it was written: a later version may write it anew.
+        if metadata.pop("digest", None) != _compute_digest(metadata, weights):
+            raise ModelPackageError(
+                f"{source} is not what was written (its SHA-256 differs). Fetch it again."
             )
         try:
             package = cls(
@@ -208,13 +222,8 @@ class ModelPackage:
                 weights=weights,
                 record=json.loads(metadata["record"]),
             )
-        except (KeyError, TypeError, ValueError) as err:
-            raise ModelPackageError(f"The header of {source} is damaged: {err!r}.") from err
-        if package.digest != metadata.get("digest"):
-            raise ModelPackageError(
-                f"The weights of {source} are not those that were written (their SHA-256 differs). "
-                "Fetch it again."
-            )
+        except (AttributeError, KeyError, TypeError, ValueError) as err:
+            raise ModelPackageError(f"The header of {source} makes no sense: {err!r}.") from err
         if package.architecture not in ARCHITECTURES:
             raise ModelPackageError(
                 f"{source} needs the architecture {package.architecture!r}, which this version of "
@@ -227,8 +236,14 @@ class ModelPackage:
         Path(path).write_bytes(self.to_bytes())
 
     @classmethod
-    def read(cls, path: Path | str) -> ModelPackage:
+    def read(cls, path: ResourcePathExpression) -> ModelPackage:
         """Read a ``.safetensors`` file.
+
+        Parameters
+        ----------
+        path
+            Path or URI, such as
+            ``eups://meas_deeplearn/models/deeplens_gri.safetensors``.
 
         Raises
         ------
@@ -237,7 +252,7 @@ class ModelPackage:
         ModelPackageError
             Raised as by `from_bytes`.
         """
-        return cls.from_bytes(Path(path).read_bytes(), source=str(path))
+        return cls.from_bytes(ResourcePath(path).read(), source=str(path))
 
     def to_arrow(self) -> pa.Table:
         """Return the one-row table that is stored in a butler repository."""
@@ -261,15 +276,24 @@ class ModelPackage:
         ModelPackageError
             Raised as by `from_bytes`, or if the table is no model package.
         """
-        if table.num_rows != 1 or "safetensors" not in table.column_names:
+        if (
+            table.num_rows != 1
+            or "safetensors" not in table.column_names
+            or not isinstance(content := table["safetensors"][0].as_py(), bytes)
+        ):
             raise ModelPackageError(
-                "The dataset is not a model package: it needs one row with a column 'safetensors', and has "
-                f"{table.num_rows} rows with columns {table.column_names}."
+                "The dataset is not a model package: it needs one row with bytes in a column 'safetensors', "
+                f"and has {table.num_rows} rows with columns {table.column_names}."
             )
-        return cls.from_bytes(table["safetensors"][0].as_py(), source="the model dataset")
+        return cls.from_bytes(content, source="the model dataset")
 
-    def check_bands(self, bands: tuple[str, ...] | list[str]) -> None:
+    def check_bands(self, bands: Sequence[str]) -> None:
         """Check that data offer the bands of the model.
+
+        Parameters
+        ----------
+        bands
+            Names of the bands of the data.
 
         Raises
         ------
@@ -289,14 +313,12 @@ class ModelPackage:
         Raises
         ------
         ModelPackageError
-            Raised if the weights do not fit the architecture.
+            Raised if the weights or settings do not fit the architecture.
         """
         import torch
 
         module, _, name = ARCHITECTURES[self.architecture].rpartition(".")
-        network = getattr(importlib.import_module(module), name)(
-            in_bands=len(self.settings.bands), **self.settings.network
-        )
+        architecture = getattr(importlib.import_module(module), name)
         # Weights may be stored as float16; arrays from files are read-only.
         arrays = {
             key: value.astype(np.float32) if value.dtype.kind == "f" else value.copy()
@@ -304,10 +326,11 @@ class ModelPackage:
         }
         state = {key: torch.from_numpy(array) for key, array in arrays.items()}
         try:
+            network = architecture(in_bands=len(self.settings.bands), **self.settings.network)
             network.load_state_dict(state)
-        except RuntimeError as err:
+        except (RuntimeError, TypeError, ValueError) as err:
             raise ModelPackageError(
-                f"The weights of model {self.name} {self.version} do not fit its architecture "
+                f"The weights or settings of model {self.name} {self.version} do not fit its architecture "
                 f"{self.architecture}: {err}"
             ) from err
         return network.eval()
@@ -362,6 +385,8 @@ def list_models(butler: Butler, collections: str = "*") -> Table:
         )
         for ref in found:
             columns = ["name", "version", "architecture", "settings", "record"]
+            if not {*columns, "safetensors"} <= set(butler.get(ref.makeComponentRef("columns"))):
+                continue
             (row,) = butler.get(ref, parameters={"columns": columns}).to_pylist()
             settings = ModelSettings.from_json(row["settings"])
             performance = json.loads(row["record"]).get("performance", {})
@@ -381,11 +406,25 @@ def list_models(butler: Butler, collections: str = "*") -> Table:
     return Table(rows)
 
 
+def _as_stored(array: np.ndarray) -> np.ndarray:
+    """Return an array in the layout of a file, of the same shape."""
+    # np.ascontiguousarray would give a scalar a dimension.
+    return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
+
+
+def _compute_digest(metadata: Mapping[str, str], weights: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256 of a header and of named arrays."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(weights):
+        array = _as_stored(weights[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
 def _read_metadata(content: bytes) -> dict[str, str]:
     """Return the metadata of a safetensors file held in memory."""
     (length,) = struct.unpack("<Q", content[:8])
-    if length > len(content):
-        raise ValueError("the header reaches beyond the end of the file")
     return dict(json.loads(content[8 : 8 + length]).get("__metadata__", {}))
 
 

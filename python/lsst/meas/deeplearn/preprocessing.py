@@ -26,6 +26,7 @@ from __future__ import annotations
 __all__ = ("Preprocessing",)
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,6 +59,16 @@ class Preprocessing:
     """Scale in units of the noise of an inverse hyperbolic sine stretch, or
     `None` for a linear one."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.noise, str) and self.noise != "variance":
+            raise ValueError(f"The noise is 'variance' or a value for each band, not {self.noise!r}.")
+        if not isinstance(self.noise, str) and not all(value > 0 for value in self.noise):
+            raise ValueError(f"The noise must be positive in all bands; it is {self.noise}.")
+        if not self.clip > 0:
+            raise ValueError(f"The clip must be positive; it is {self.clip}.")
+        if self.softening is not None and not self.softening > 0:
+            raise ValueError(f"The softening must be positive or None; it is {self.softening}.")
+
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Preprocessing:
         """Make from a mapping as `to_settings` returns it.
@@ -65,12 +76,15 @@ class Preprocessing:
         Raises
         ------
         ValueError
-            Raised for a setting that does not exist here.
+            Raised for a setting that does not exist here, or a value that
+            makes no sense.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := set(settings) - names:
             raise ValueError(f"Unknown preprocessing settings {sorted(unknown)}; there are {sorted(names)}.")
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
+        }
         return cls(**values)
 
     def to_settings(self) -> dict[str, Any]:
@@ -79,6 +93,26 @@ class Preprocessing:
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
         }
+
+    def check_bands(self, n_bands: int) -> None:
+        """Check that there is a value for each band.
+
+        Parameters
+        ----------
+        n_bands
+            Number of bands.
+
+        Raises
+        ------
+        ValueError
+            Raised if ``noise`` or ``mean`` has another number of values.
+        """
+        for name in ("noise", "mean"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != n_bands:
+                raise ValueError(
+                    f"There are {n_bands} bands, but {len(value)} values for the {name}: {value}."
+                )
 
     def apply(self, cutouts: Cutouts) -> np.ndarray:
         """Return network inputs, float32, shape ``(N, bands, y, x)``.
@@ -98,7 +132,13 @@ class Preprocessing:
         image, variance, bad
             Pixels in nJy, their variance and whether they are unusable, all
             of shape ``(N, bands, y, x)``.
+
+        Raises
+        ------
+        ValueError
+            Raised as by `check_bands`.
         """
+        self.check_bands(image.shape[1])
         if self.noise == "variance":
             noise = compute_noise(variance, bad)[..., None, None]
         else:
@@ -128,7 +168,7 @@ def compute_noise(variance: np.ndarray, bad: np.ndarray) -> np.ndarray:
         Square root of the median variance of the good pixels, and 1 where
         there are none.
     """
-    flat = np.where(bad, np.nan, variance).reshape(*variance.shape[:2], -1)
+    flat = np.where(bad, np.nan, variance).reshape(*variance.shape[:2], math.prod(variance.shape[2:]))
     noise = np.ones(variance.shape[:2], dtype=np.float32)
     usable = ~bad.reshape(flat.shape).all(axis=-1)
     noise[usable] = np.sqrt(np.nanmedian(flat[usable], axis=-1))

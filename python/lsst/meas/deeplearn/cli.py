@@ -1,0 +1,149 @@
+# This file is part of meas_deeplearn.
+#
+# Developed for the LSST Data Management System.
+# This product includes software developed by the LSST Project
+# (https://www.lsst.org).
+# See the COPYRIGHT file at the top-level directory of this distribution
+# for details of code ownership.
+#
+# This program is free software: you can redistribute it and/or modify
+# it under the terms of the GNU General Public License as published by
+# the Free Software Foundation, either version 3 of the License, or
+# (at your option) any later version.
+#
+# This program is distributed in the hope that it will be useful,
+# but WITHOUT ANY WARRANTY; without even the implied warranty of
+# MERCHANTABILITY or FITNESS FOR A PARTICULAR PURPOSE.  See the
+# GNU General Public License for more details.
+#
+# You should have received a copy of the GNU General Public License
+# along with this program.  If not, see <https://www.gnu.org/licenses/>.
+
+"""Sub-commands of ``butler``."""
+
+from __future__ import annotations
+
+__all__ = ("get_cli_subcommands",)
+
+import click
+
+from lsst.daf.butler.cli.opt import repo_argument
+from lsst.daf.butler.cli.utils import ButlerCommand
+
+# Modules that a command needs are imported in it, so that 'butler --help'
+# stays quick.
+
+
+def get_cli_subcommands() -> list[click.Command]:
+    """Return the sub-commands that this package adds to ``butler``."""
+    return [
+        ingest_deeplearn_model,
+        list_deeplearn_models,
+        import_fits_coadds,
+        make_lens_demo,
+        show_lens_demo,
+    ]
+
+
+@click.command(cls=ButlerCommand, name="ingest-deeplearn-model")
+@repo_argument(required=True)
+@click.argument("package")
+@click.option(
+    "--run", required=True, help="RUN collection to put the model into, such as models/deeplens/v1."
+)
+@click.option(
+    "--dataset-type", default="deeplens_model", show_default=True, help="Dataset type of the model."
+)
+def ingest_deeplearn_model(repo: str, package: str, run: str, dataset_type: str) -> None:
+    """Put a model package into a repository.
+
+    PACKAGE is the path or URI of a .safetensors file, such as
+    eups://meas_deeplearn/models/deeplens_gri.safetensors.
+    """
+    from lsst.daf.butler import Butler
+
+    from .model_package import ModelPackage, ModelPackageError, ingest_model
+
+    try:
+        model = ModelPackage.read(package)
+    except (FileNotFoundError, ModelPackageError) as err:
+        raise click.ClickException(str(err)) from err
+    with Butler.from_config(repo, writeable=True) as butler:
+        ref = ingest_model(butler, model, run=run, dataset_type=dataset_type)
+    click.echo(f"Put {model.name} {model.version} into {ref.run} as {dataset_type} {ref.id}.")
+
+
+@click.command(cls=ButlerCommand, name="list-deeplearn-models")
+@repo_argument(required=True)
+@click.option("--collections", default="*", show_default=True, help="Glob of the collections to search.")
+def list_deeplearn_models(repo: str, collections: str) -> None:
+    """List the model packages of a repository.
+
+    Printed are bands, stamps and the performance that was measured when each
+    model was trained.
+    """
+    from lsst.daf.butler import Butler
+
+    from .model_package import list_models
+
+    with Butler.from_config(repo) as butler:
+        table = list_models(butler, collections)
+    if not table:
+        raise click.ClickException(
+            "There are no model packages; add one with 'butler ingest-deeplearn-model'."
+        )
+    click.echo("\n".join(table.pformat(max_lines=-1, max_width=-1)))
+
+
+def _split_band(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    """Turn ``BAND=VALUE`` arguments into a mapping."""
+    if bad := [value for value in values if "=" not in value]:
+        raise click.BadParameter(f"{bad[0]!r} is not of the form BAND=VALUE.")
+    return dict(value.split("=", 1) for value in values)
+
+
+@click.command(cls=ButlerCommand, name="make-lens-demo")
+@repo_argument(required=True)
+@click.option("--seed", default=1, show_default=True, help="Seed of the sky, the noise and the lenses.")
+@click.option("--patches", default=2, show_default=True, help="Number of patches.")
+@click.option("--lenses", default=None, type=int, help="Lenses in each patch; 0 for a field to train on.")
+def make_lens_demo(repo: str, seed: int, patches: int, lenses: int | None) -> None:
+    """Make a repository with synthetic coadds, objects and lenses.
+
+    The shipped model packages go into it too.
+    """
+    from .demo import make_demo
+
+    make_demo(repo, seed=seed, n_patches=patches, n_lenses=lenses, report=click.echo)
+
+
+@click.command(cls=ButlerCommand, name="show-lens-demo")
+@repo_argument(required=True)
+@click.option("--collections", default="demo/lenses", show_default=True, help="Output of find_lenses.yaml.")
+@click.option("--best", default=10, show_default=True, help="Number of candidates to print.")
+def show_lens_demo(repo: str, collections: str, best: int) -> None:
+    """Print the best candidates of the demo with the truth beside them.
+
+    Works for any repository with injected lenses ('lens_truth').
+    """
+    from astropy.table import vstack
+
+    from lsst.daf.butler import Butler, MissingCollectionError
+
+    from .lenses.truth import describe_recovery
+
+    with Butler.from_config(repo) as butler:
+        try:
+            refs = butler.query_datasets("lens_candidates_ranked", collections)
+        except MissingCollectionError as err:
+            raise click.ClickException(f"{err}  Run find_lenses.yaml first.") from err
+        for ref in refs:
+            truth_refs = butler.query_datasets("lens_truth", "*", find_first=False, data_id=ref.dataId)
+            truth = vstack([butler.get(truth_ref) for truth_ref in truth_refs], metadata_conflicts="silent")
+            click.echo(describe_recovery(butler.get(ref), truth, n_best=best))
+            gallery = butler.find_dataset("lens_gallery", ref.dataId, collections=collections)
+            for name, shown in (("Table", ref), ("Gallery", gallery)):
+                if shown is not None:
+                    click.echo(f"{name + ':':8} {butler.getURI(shown).ospath}")

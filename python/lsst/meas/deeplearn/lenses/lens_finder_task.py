@@ -1,0 +1,521 @@
+# This file is part of meas_deeplearn.
+#
+# Developed for the LSST Data Management System.
+# This product includes software developed by the LSST Project
+# (https://www.lsst.org).
+# See the COPYRIGHT file at the top-level directory of this distribution
+# for details of code ownership.
+#
+# This program is free software: you can redistribute it and/or modify
+# it under the terms of the GNU General Public License as published by
+# the Free Software Foundation, either version 3 of the License, or
+# (at your option) any later version.
+#
+# This program is distributed in the hope that it will be useful,
+# but WITHOUT ANY WARRANTY; without even the implied warranty of
+# MERCHANTABILITY or FITNESS FOR A PARTICULAR PURPOSE.  See the
+# GNU General Public License for more details.
+#
+# You should have received a copy of the GNU General Public License
+# along with this program.  If not, see <https://www.gnu.org/licenses/>.
+
+"""Find strong lenses among the objects of a patch."""
+
+from __future__ import annotations
+
+__all__ = ("LensFinderConfig", "LensFinderConnections", "LensFinderTask")
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import astropy.units as u
+import numpy as np
+from astropy.table import Column, Table
+from scipy.special import expit
+
+import lsst.pipe.base.connectionTypes as cT
+from lsst.daf.butler import DataCoordinate, DatasetRef
+from lsst.pex.config import ChoiceField, ConfigField, Field, FieldValidationError, ListField, RangeField
+from lsst.pipe.base import (
+    InvalidQuantumError,
+    NoWorkFound,
+    PipelineTask,
+    PipelineTaskConfig,
+    PipelineTaskConnections,
+    QuantumContext,
+    Struct,
+)
+from lsst.pipe.base.connections import InputQuantizedConnection, OutputQuantizedConnection
+from lsst.utils.logging import PeriodicLogger
+
+from ..coadds import MultibandCoadd
+from ..cutouts import DEFAULT_BAD_PLANES, CutoutExtractor, Cutouts
+from ..inference import InferenceConfig, predict
+from ..model_package import MODEL_STORAGE_CLASS, SCALE_TOLERANCE, ModelPackage, ModelPackageError
+from ..object_selection import SelectionError, column_names, select_objects
+from .ring_finder import RingFinderConfig, find_rings
+
+if TYPE_CHECKING:
+    import torch
+
+    from lsst.daf.butler import DeferredDatasetHandle
+
+CANDIDATE_COLUMNS: Mapping[str, tuple[str, u.UnitBase | None, str]] = {
+    "objectId": ("i8", None, "ID of the object in the input table"),
+    "coord_ra": ("f8", u.deg, "ICRS right ascension of the object"),
+    "coord_dec": ("f8", u.deg, "ICRS declination of the object"),
+    "x": ("f8", u.pix, "Column of the object in pixels of the tract"),
+    "y": ("f8", u.pix, "Row of the object in pixels of the tract"),
+    "tract": ("i8", None, "Tract of the coadd that was looked at"),
+    "patch": ("i8", None, "Patch of the coadd that was looked at"),
+    "score": ("f4", None, "Output of the network between 0 and 1, not a probability; NaN if not scored"),
+    "ringfinder_snr": ("f4", None, "Signal to noise of g - alpha i in the annulus; NaN if not measured"),
+    "ringfinder_is_lens": ("?", None, "Whether RingFinder calls the object a lens"),
+    "ringfinder_n_regions": ("i4", None, "Number of arc-like residuals that RingFinder accepts"),
+    "masked_fraction": ("f4", None, "Fraction of unusable pixels in the stamp, in the worst band"),
+    "patch_inner": ("?", None, "Whether the object is in the inner region of the patch, where that is known"),
+    "flag_not_scored": (
+        "?",
+        None,
+        "The network, or RingFinder where there is none, gave no score; other flags say why",
+    ),
+    "flag_edge": ("?", None, "A part of the stamp, or all of it, is outside the patch"),
+    "flag_masked": ("?", None, "Too many pixels of the stamp are unusable"),
+    "flag_missing_band": ("?", None, "The patch lacks a band"),
+    "flag_missing_cell": ("?", None, "The object is in a cell without input images in some band"),
+    "flag_bad_psf": ("?", None, "The coadd has no PSF model at the object in some band"),
+    "bands": ("U32", None, "Bands that the network has seen, or else RingFinder"),
+    "model_name": ("U64", None, "Name of the model package; empty without a network"),
+    "model_version": ("U32", None, "Version of the model package; empty without a network"),
+}
+"""Type, unit and description of each column of ``lens_candidates``."""
+
+
+class LensFinderConnections(
+    PipelineTaskConnections,
+    dimensions=("skymap", "tract", "patch"),
+    defaultTemplates={"outputName": "lens"},
+):
+    """Datasets that `LensFinderTask` reads and writes."""
+
+    coadds = cT.Input(
+        doc="Coadds of the patch, a band each, calibrated to flux densities.",
+        name="deep_coadd",
+        storageClass="CellCoadd",
+        dimensions=("skymap", "tract", "patch", "band"),
+        multiple=True,
+        deferLoad=True,
+    )
+    objects = cT.Input(
+        doc="Objects to look at, with ICRS coordinates in degrees.",
+        name="object",
+        storageClass="ArrowAstropy",
+        dimensions=("skymap", "tract"),
+        deferLoad=True,
+    )
+    model = cT.PrerequisiteInput(
+        doc="Model package of the network; its version is chosen by the order of input collections.",
+        name="deeplens_model",
+        storageClass=MODEL_STORAGE_CLASS,
+        dimensions=(),
+    )
+    candidates = cT.Output(
+        doc="Score and flags of every object that was selected, a row each.",
+        name="{outputName}_candidates",
+        storageClass="ArrowAstropy",
+        dimensions=("skymap", "tract", "patch"),
+    )
+    cutouts = cT.Output(
+        doc="Stamps of the objects with the highest scores, a row each (Cutouts.from_table).",
+        name="{outputName}_cutouts",
+        storageClass="ArrowAstropy",
+        dimensions=("skymap", "tract", "patch"),
+    )
+
+    config: LensFinderConfig
+
+    def __init__(self, *, config: LensFinderConfig):
+        super().__init__(config=config)
+        self.coadds = dataclasses.replace(self.coadds, storageClass=config.coaddStorageClass)
+        if config.objectDimensions == "patch":
+            self.objects = dataclasses.replace(self.objects, dimensions={"skymap", "tract", "patch"})
+        if not config.doDeepLens:
+            del self.model
+
+    def adjustQuantum(
+        self,
+        inputs: dict[str, tuple[cT.BaseInput, Collection[DatasetRef]]],
+        outputs: dict[str, tuple[cT.Output, Collection[DatasetRef]]],
+        label: str,
+        data_id: DataCoordinate,
+    ) -> tuple[
+        Mapping[str, tuple[cT.BaseInput, Collection[DatasetRef]]],
+        Mapping[str, tuple[cT.Output, Collection[DatasetRef]]],
+    ]:
+        """Keep the coadds of the configured bands only."""
+        connection, refs = inputs["coadds"]
+        kept = [ref for ref in refs if ref.dataId["band"] in self.config.bands]
+        if not kept:
+            raise NoWorkFound(f"No coadds in any of the bands {', '.join(self.config.bands)} for {data_id}.")
+        adjusted = {"coadds": (connection, kept)}
+        super().adjustQuantum(inputs | adjusted, outputs, label, data_id)
+        return adjusted, {}
+
+
+class LensFinderConfig(PipelineTaskConfig, pipelineConnections=LensFinderConnections):
+    """Configuration of `LensFinderTask`."""
+
+    # Inputs.
+    bands = ListField[str](
+        doc="Bands to read; those of the model and of RingFinder must be among them.",
+        default=["g", "r", "i"],
+    )
+    coaddStorageClass = ChoiceField[str](
+        doc="Storage class of the coadds.",
+        default="CellCoadd",
+        allowed={
+            "CellCoadd": "lsst.images.cells.CellCoadd, as in DP2.",
+            "MaskedImageV2": "lsst.images.MaskedImage; it brings no PSF, so RingFinder matches none.",
+            "ExposureF": "lsst.afw.image.ExposureF, as in DP1 and in HSC and DECam repositories.",
+        },
+    )
+    objectDimensions = ChoiceField[str](
+        doc="What one object table covers.",
+        default="tract",
+        allowed={"tract": "A tract; rows are chosen by their column 'patch'.", "patch": "A patch."},
+    )
+    idColumn = Field[str](doc="Column with the ID of the object.", default="objectId")
+    raColumn = Field[str](doc="Column with the ICRS right ascension in degrees.", default="coord_ra")
+    decColumn = Field[str](doc="Column with the ICRS declination in degrees.", default="coord_dec")
+    selection = ListField[str](
+        doc="Conditions on columns that an object must satisfy to be looked at; see "
+        "lsst.meas.deeplearn.object_selection.  Fluxes are in nJy, mag() is the AB magnitude.",
+        default=["refExtendedness > 0.5", "mag(i_cModelFlux) < 23"],
+    )
+
+    # Pixels.
+    badMaskPlanes = ListField[str](
+        doc="Mask planes, under lsst.images or afw names, whose pixels are unusable.",
+        default=list(DEFAULT_BAD_PLANES),
+    )
+    maxMaskedFraction = RangeField(
+        dtype=float,
+        doc="Largest fraction of unusable pixels in any band of a stamp that still gets a score.",
+        default=0.2,
+        min=0.0,
+        max=1.0,
+        inclusiveMax=False,
+    )
+    doResample = Field[bool](
+        doc="Resample stamps to the pixel scale of the model where it differs by more than 2%?  If not, "
+        "such a model is refused.",
+        default=True,
+    )
+    maxResampling = RangeField(
+        dtype=float,
+        doc="Largest ratio between the pixel scales of model and data, either way, that is resampled.",
+        default=1.5,
+        min=1.0,
+    )
+    stampExtent = RangeField(
+        dtype=float,
+        doc="Side of the stamps in arcsec when there is no model package to tell it.",
+        default=9.0,
+        min=6.0,
+    )
+    psfSize = RangeField(
+        dtype=int, doc="Side of the PSF kernels that go with the stamps, in pixels; odd.", default=25, min=1
+    )
+
+    # Classifiers.
+    doDeepLens = Field[bool](doc="Score with the network of the model package?", default=True)
+    doRingFinder = Field[bool](doc="Run RingFinder?", default=True)
+    inference = ConfigField[InferenceConfig](doc="Device, precision and batches of the network.")
+    ringFinder = ConfigField[RingFinderConfig](doc="RingFinder.")
+
+    # Outputs.
+    nCutouts = RangeField(
+        dtype=int,
+        doc="Number of stamps to keep in each patch, of the highest scores of each classifier.",
+        default=50,
+        min=0,
+    )
+    chunkSize = RangeField(
+        dtype=int,
+        doc="Number of stamps held in memory at once; 1000 of 45 x 45 pixels in 3 bands take 60 MB.",
+        default=1000,
+        min=1,
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        if not (self.doDeepLens or self.doRingFinder):
+            raise FieldValidationError(
+                self.__class__.doDeepLens, self, "Both doDeepLens and doRingFinder are off: nothing to do."
+            )
+        if self.psfSize % 2 == 0:
+            raise FieldValidationError(self.__class__.psfSize, self, "The side of PSF kernels must be odd.")
+        ring_bands = {self.ringFinder.blueBand, self.ringFinder.redBand}
+        if self.doRingFinder and not ring_bands <= set(self.bands):
+            raise FieldValidationError(
+                self.__class__.bands,
+                self,
+                f"RingFinder needs bands {', '.join(sorted(ring_bands))}; bands are {', '.join(self.bands)}.",
+            )
+        try:
+            column_names(self.selection)
+        except SelectionError as err:
+            raise FieldValidationError(self.__class__.selection, self, str(err)) from err
+
+
+class LensFinderTask(PipelineTask):
+    """Find galaxy-scale strong lenses among the objects of a patch.
+
+    The objects that satisfy a selection are cut out of the coadds of all
+    bands and scored by a network (CMU DeepLens, Lanusse et al. 2018), by
+    RingFinder (Gavazzi et al. 2014), or by both.
+    """
+
+    ConfigClass: ClassVar[type[LensFinderConfig]] = LensFinderConfig
+    _DefaultName: ClassVar[str] = "lensFinder"
+    config: LensFinderConfig
+
+    def runQuantum(
+        self,
+        butlerQC: QuantumContext,
+        inputRefs: InputQuantizedConnection,
+        outputRefs: OutputQuantizedConnection,
+    ) -> None:
+        data_id = butlerQC.quantum.dataId
+        assert data_id is not None, "A quantum of this task has a patch."
+        inputs = butlerQC.get(inputRefs)
+        coadd = MultibandCoadd.read(inputs["coadds"], self.config.bands)
+        objects = self._read_objects(inputs["objects"], int(data_id["patch"]))
+        try:
+            model = ModelPackage.from_arrow(inputs["model"]) if self.config.doDeepLens else None
+            outputs = self.run(
+                coadd,
+                objects,
+                model,
+                tract=int(data_id["tract"]),
+                patch=int(data_id["patch"]),
+                num_cores=butlerQC.resources.num_cores,
+            )
+        except ModelPackageError as err:
+            raise InvalidQuantumError(str(err)) from err
+        butlerQC.put(outputs, outputRefs)
+
+    def run(
+        self,
+        coadd: MultibandCoadd,
+        objects: Table,
+        model: ModelPackage | None = None,
+        *,
+        tract: int = 0,
+        patch: int = 0,
+        num_cores: int = 1,
+    ) -> Struct:
+        """Score the objects of a patch.
+
+        Parameters
+        ----------
+        coadd
+            Coadds of the patch.
+        objects
+            Objects, with the columns that the configuration names.
+        model
+            Model package; needed if ``config.doDeepLens``.
+        tract, patch
+            Where the coadd is, for the output.
+        num_cores
+            Threads that the network may use.
+
+        Returns
+        -------
+        result : `lsst.pipe.base.Struct`
+            Results as a struct with attributes:
+
+            ``candidates``
+                The columns of `CANDIDATE_COLUMNS`, a row for each selected
+                object in the order of ``objects``
+                (`astropy.table.Table`).
+            ``cutouts``
+                `Cutouts.to_table` of the objects with the highest scores
+                (`astropy.table.Table`).
+
+        Raises
+        ------
+        ModelPackageError
+            Raised if the model does not fit the bands or the pixel scale.
+        SelectionError
+            Raised if the selection does not fit the table.
+        """
+        if self.config.doDeepLens and model is None:
+            raise ModelPackageError("No model package was given; set doDeepLens to False to run without.")
+        if coadd.missing_bands:
+            self.log.warning("The patch has no coadd in %s.", ", ".join(coadd.missing_bands))
+        selected = objects[select_objects(objects, self.config.selection)]
+        self.log.info("Looking at %d of %d objects.", len(selected), len(objects))
+
+        network = self._make_network(model, coadd) if model is not None else None
+        extractor = CutoutExtractor(
+            coadd,
+            size=self._compute_stamp_size(model, coadd.pixel_scale),
+            psf_size=self.config.psfSize,
+            bad_planes=self.config.badMaskPlanes,
+        )
+        candidates = self._make_candidates(selected, model, tract=tract, patch=patch)
+        progress = PeriodicLogger(self.log)
+        for start in range(0, len(candidates), self.config.chunkSize):
+            rows = candidates[start : start + self.config.chunkSize]
+            cutouts = _extract(extractor, rows)
+            usable = self._describe(rows, cutouts, coadd)
+            if model is not None and network is not None:
+                self._score(rows, cutouts, usable, model, network, num_cores)
+            if self.config.doRingFinder:
+                self._find_rings(rows, cutouts, usable)
+            progress.log("Scored %d of %d objects.", start + len(rows), len(candidates))
+        candidates["flag_not_scored"][:] = ~np.isfinite(candidates[self._score_columns[0]])
+
+        self.metadata["n_objects"] = len(candidates)
+        self.metadata["n_not_scored"] = int(candidates["flag_not_scored"].sum())
+        self.log.info(
+            "%d objects have a score, %d have flags instead.",
+            self.metadata["n_objects"] - self.metadata["n_not_scored"],
+            self.metadata["n_not_scored"],
+        )
+        best = candidates[_choose_best(candidates, self._score_columns, self.config.nCutouts)]
+        return Struct(candidates=candidates, cutouts=_extract(extractor, best).to_table())
+
+    @property
+    def _score_columns(self) -> list[str]:
+        """Columns of the classifiers that run, the one that counts first."""
+        columns = ["score"] if self.config.doDeepLens else []
+        return columns + (["ringfinder_snr"] if self.config.doRingFinder else [])
+
+    def _read_objects(self, handle: DeferredDatasetHandle, patch: int) -> Table:
+        """Read the columns that are used here, of the objects of a patch."""
+        config = self.config
+        columns = {config.idColumn, config.raColumn, config.decColumn, *column_names(config.selection)}
+        if config.objectDimensions == "tract":
+            columns.add("patch")
+        available = list(handle.get(component="columns"))
+        if missing := sorted(columns - set(available)):
+            close = {name: difflib.get_close_matches(name, available) for name in missing}
+            raise InvalidQuantumError(
+                f"The object table has no columns {missing}; the nearest it has are {close}.  Configure "
+                "'selection', 'idColumn', 'raColumn' and 'decColumn' for this survey."
+            )
+        table = handle.get(parameters={"columns": sorted(columns)})
+        return table[table["patch"] == patch] if config.objectDimensions == "tract" else table
+
+    def _make_candidates(
+        self, selected: Table, model: ModelPackage | None, *, tract: int, patch: int
+    ) -> Table:
+        """Make the output table, with NaN and False for all measurements."""
+        config = self.config
+        candidates = Table()
+        for name, (dtype, unit, description) in CANDIDATE_COLUMNS.items():
+            values = np.zeros(len(selected), dtype=dtype)
+            if values.dtype.kind == "f":
+                values[:] = np.nan
+            candidates[name] = Column(values, unit=unit, description=description)
+        candidates["objectId"][:] = selected[config.idColumn]
+        candidates["coord_ra"][:] = selected[config.raColumn]
+        candidates["coord_dec"][:] = selected[config.decColumn]
+        candidates["tract"][:] = tract
+        candidates["patch"][:] = patch
+        if model is not None:
+            candidates["model_name"][:] = model.name
+            candidates["model_version"][:] = model.version
+        bands = model.settings.bands if model else (config.ringFinder.blueBand, config.ringFinder.redBand)
+        candidates["bands"][:] = ",".join(bands)
+        return candidates
+
+    def _make_network(self, model: ModelPackage, coadd: MultibandCoadd) -> torch.nn.Module:
+        """Return the network, after a check that it fits the data."""
+        model.check_bands(self.config.bands)
+        ratio = model.settings.pixel_scale / coadd.pixel_scale
+        limit = 1 + (self.config.maxResampling - 1 if self.config.doResample else SCALE_TOLERANCE)
+        if not 1 / limit <= ratio <= limit:
+            raise ModelPackageError(
+                f"Model {model.name} {model.version} needs pixels of {model.settings.pixel_scale:.3f} arcsec, "
+                f"but those of the coadd have {coadd.pixel_scale:.3f} arcsec.  Choose a model that was trained "
+                "for this survey, or set doResample or maxResampling."
+            )
+        if abs(ratio - 1) > SCALE_TOLERANCE:
+            self.log.info(
+                "Stamps are resampled from %.3f to %.3f arcsec per pixel.",
+                coadd.pixel_scale,
+                model.settings.pixel_scale,
+            )
+        return model.make_network()
+
+    def _compute_stamp_size(self, model: ModelPackage | None, pixel_scale: float) -> int:
+        """Return the side in pixels of the stamps that all classifiers see."""
+        if model is None:
+            return _round_up_to_odd(self.config.stampExtent / pixel_scale)
+        ratio = model.settings.pixel_scale / pixel_scale
+        if abs(ratio - 1) <= SCALE_TOLERANCE:
+            return model.settings.stamp_size
+        return _round_up_to_odd(model.settings.stamp_size * ratio)
+
+    def _describe(self, rows: Table, cutouts: Cutouts, coadd: MultibandCoadd) -> np.ndarray:
+        """Fill in positions and flags; return which stamps can be scored."""
+        rows["x"][:] = cutouts.x
+        rows["y"][:] = cutouts.y
+        if coadd.inner_bbox is not None:
+            rows["patch_inner"][:] = coadd.inner_bbox.contains(x=cutouts.x, y=cutouts.y)
+        else:
+            rows["patch_inner"][:] = True
+        rows["masked_fraction"][:] = cutouts.masked_fraction.max(axis=1)
+        rows["flag_edge"][:] = cutouts.off_edge
+        rows["flag_masked"][:] = ~(rows["masked_fraction"] <= self.config.maxMaskedFraction)
+        rows["flag_missing_band"][:] = cutouts.missing_band.any(axis=1)
+        rows["flag_missing_cell"][:] = cutouts.missing_cell.any(axis=1)
+        rows["flag_bad_psf"][:] = cutouts.bad_psf.any(axis=1)
+        return np.asarray(~(rows["flag_masked"] | rows["flag_missing_band"] | rows["flag_missing_cell"]))
+
+    def _score(
+        self,
+        rows: Table,
+        cutouts: Cutouts,
+        usable: np.ndarray,
+        model: ModelPackage,
+        network: torch.nn.Module,
+        num_cores: int,
+    ) -> None:
+        """Fill in the scores of the network."""
+        stamps = cutouts[usable].select_bands(model.settings.bands)
+        if abs(model.settings.pixel_scale / stamps.pixel_scale - 1) > SCALE_TOLERANCE:
+            stamps = stamps.resample(model.settings.pixel_scale, model.settings.stamp_size)
+        inputs = model.settings.preprocessing.apply(stamps)
+        logits = predict(network, inputs, self.config.inference, num_threads=num_cores)
+        rows["score"][usable] = expit(logits)
+
+    def _find_rings(self, rows: Table, cutouts: Cutouts, usable: np.ndarray) -> None:
+        """Fill in the results of RingFinder."""
+        rings = find_rings(cutouts[usable], self.config.ringFinder)
+        rows["ringfinder_snr"][usable] = rings.snr
+        rows["ringfinder_is_lens"][usable] = rings.is_lens
+        rows["ringfinder_n_regions"][usable] = rings.n_regions
+
+
+def _extract(extractor: CutoutExtractor, rows: Table) -> Cutouts:
+    return extractor.extract(ids=rows["objectId"], ra=rows["coord_ra"], dec=rows["coord_dec"])
+
+
+def _choose_best(candidates: Table, columns: list[str], n: int) -> np.ndarray:
+    """Return the rows with the n highest values in any of the columns."""
+    best: set[int] = set()
+    for column in columns:
+        values = np.nan_to_num(np.asarray(candidates[column], dtype=np.float64), nan=-np.inf)
+        order = np.lexsort((candidates["objectId"], -values))[:n]
+        best.update(int(row) for row in order if np.isfinite(values[row]))
+    return np.array(sorted(best), dtype=np.int64)
+
+
+def _round_up_to_odd(size: float) -> int:
+    return int(np.ceil(size)) // 2 * 2 + 1

@@ -1,0 +1,594 @@
+# This file is part of meas_deeplearn.
+#
+# Developed for the LSST Data Management System.
+# This product includes software developed by the LSST Project
+# (https://www.lsst.org).
+# See the COPYRIGHT file at the top-level directory of this distribution
+# for details of code ownership.
+#
+# This program is free software: you can redistribute it and/or modify
+# it under the terms of the GNU General Public License as published by
+# the Free Software Foundation, either version 3 of the License, or
+# (at your option) any later version.
+#
+# This program is distributed in the hope that it will be useful,
+# but WITHOUT ANY WARRANTY; without even the implied warranty of
+# MERCHANTABILITY or FITNESS FOR A PARTICULAR PURPOSE.  See the
+# GNU General Public License for more details.
+#
+# You should have received a copy of the GNU General Public License
+# along with this program.  If not, see <https://www.gnu.org/licenses/>.
+
+
+"""Make training examples for lens finders from the coadds of a patch."""
+
+from __future__ import annotations
+
+__all__ = ("NonLensConfig", "SimulateLensesConfig", "SimulateLensesConnections", "SimulateLensesTask")
+
+import dataclasses
+import hashlib
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import astropy.units as u
+import numpy as np
+from astropy.table import Column, Table, vstack
+
+import lsst.pipe.base.connectionTypes as cT
+from lsst.daf.butler import DataCoordinate, DatasetRef
+from lsst.pex.config import (
+    ChoiceField,
+    Config,
+    ConfigDictField,
+    Field,
+    FieldValidationError,
+    ListField,
+    RangeField,
+)
+from lsst.pipe.base import (
+    InvalidQuantumError,
+    NoWorkFound,
+    PipelineTask,
+    PipelineTaskConfig,
+    PipelineTaskConnections,
+    QuantumContext,
+    Struct,
+)
+from lsst.pipe.base.connections import InputQuantizedConnection, OutputQuantizedConnection
+
+from ..coadds import MultibandCoadd
+from ..cutouts import DEFAULT_BAD_PLANES, CutoutExtractor, Cutouts
+from ..inference import torch_threads
+from ..object_selection import SelectionError, column_names, select_objects
+
+if TYPE_CHECKING:
+    from lsst.daf.butler import DeferredDatasetHandle
+
+SPLITS = ("train", "validation", "test")
+"""Values of the column ``split``."""
+
+BLOCK_SIZE = 60.0
+"""Side in arcsec of the blocks of sky that go into one split as a whole."""
+
+EXAMPLE_COLUMNS: tuple[tuple[str, u.UnitBase | None, str], ...] = (
+    ("label", None, "Whether there are lensed arcs in the stamp"),
+    ("kind", None, "'lens', or the kind of non-lens"),
+    ("host_id", None, "Object ID of the galaxy at the centre"),
+    ("source_id", None, "ID of the lensed source; -1 without"),
+    ("einstein_radius", u.arcsec, "Einstein radius; NaN without lens"),
+    ("magnification", None, "Flux of all images over that of the source; NaN without lens"),
+    ("arc_snr", None, "Signal to noise of the arcs as LensPop defines it, best band; NaN without lens"),
+    ("split", None, "'train', 'validation' or 'test', by the place on the sky"),
+    ("seed", None, "Seed of the simulation of this patch"),
+)
+"""Name, unit and description of what is added to the columns of `Cutouts`."""
+
+
+class SimulateLensesConnections(
+    PipelineTaskConnections,
+    dimensions=("skymap", "tract", "patch"),
+    defaultTemplates={"outputName": "lens"},
+):
+    """Datasets that `SimulateLensesTask` reads and writes."""
+
+    coadds = cT.Input(
+        doc="Coadds of the patch, a band each, calibrated to flux densities, with PSF models.",
+        name="deep_coadd",
+        storageClass="CellCoadd",
+        dimensions=("skymap", "tract", "patch", "band"),
+        multiple=True,
+        deferLoad=True,
+    )
+    objects = cT.Input(
+        doc="Objects of the patch, with fluxes in nJy and ICRS coordinates in degrees.",
+        name="object",
+        storageClass="ArrowAstropy",
+        dimensions=("skymap", "tract"),
+        deferLoad=True,
+    )
+    examples = cT.Output(
+        doc="Stamps of galaxies with and without lensed arcs, a row each: those of Cutouts.to_table, and "
+        "what is known of each (label, kind, truth of the arcs, split).",
+        name="{outputName}_training_cutouts",
+        storageClass="ArrowAstropy",
+        dimensions=("skymap", "tract", "patch"),
+    )
+
+    config: SimulateLensesConfig
+
+    def __init__(self, *, config: SimulateLensesConfig):
+        super().__init__(config=config)
+        self.coadds = dataclasses.replace(self.coadds, storageClass=config.coaddStorageClass)
+        if config.objectDimensions == "patch":
+            self.objects = dataclasses.replace(self.objects, dimensions={"skymap", "tract", "patch"})
+
+    def adjustQuantum(
+        self,
+        inputs: dict[str, tuple[cT.BaseInput, Collection[DatasetRef]]],
+        outputs: dict[str, tuple[cT.Output, Collection[DatasetRef]]],
+        label: str,
+        data_id: DataCoordinate,
+    ) -> tuple[
+        Mapping[str, tuple[cT.BaseInput, Collection[DatasetRef]]],
+        Mapping[str, tuple[cT.Output, Collection[DatasetRef]]],
+    ]:
+        """Keep the coadds of the configured bands, all of which must be."""
+        connection, refs = inputs["coadds"]
+        kept = [ref for ref in refs if ref.dataId["band"] in self.config.bands]
+        if missing := set(self.config.bands) - {ref.dataId["band"] for ref in kept}:
+            raise NoWorkFound(f"No coadds in the bands {', '.join(sorted(missing))} for {data_id}.")
+        adjusted = {"coadds": (connection, kept)}
+        super().adjustQuantum(inputs | adjusted, outputs, label, data_id)
+        return adjusted, {}
+
+
+class NonLensConfig(Config):
+    """A kind of non-lenses."""
+
+    fraction = RangeField(
+        dtype=float,
+        doc="Fraction of the non-lenses that are of this kind; fractions are divided by their sum.",
+        default=1.0,
+        min=0.0,
+    )
+    selection = ListField[str](
+        doc="Conditions on the columns of the object table (see lsst.meas.deeplearn.object_selection).  If "
+        "empty, the galaxies are the hosts of the lenses, without arcs.",
+        default=[],
+    )
+    addCompanions = Field[bool](
+        doc="Paint one or two sources beside the galaxy that look like those of the lenses but are not "
+        "lensed, as bright as if they were?",
+        default=False,
+    )
+
+
+class SimulateLensesConfig(PipelineTaskConfig, pipelineConnections=SimulateLensesConnections):
+    """Configuration of `SimulateLensesTask`."""
+
+    # Inputs.
+    bands = ListField[str](doc="Bands of the stamps, in the order of their arrays.", default=["g", "r", "i"])
+    coaddStorageClass = ChoiceField[str](
+        doc="Storage class of the coadds.",
+        default="CellCoadd",
+        allowed={
+            "CellCoadd": "lsst.images.cells.CellCoadd, as in DP2.",
+            "ExposureF": "lsst.afw.image.ExposureF, as in DP1 and in HSC and DECam repositories.",
+        },
+    )
+    objectDimensions = ChoiceField[str](
+        doc="What one object table covers.",
+        default="tract",
+        allowed={"tract": "A tract; rows are chosen by their column 'patch'.", "patch": "A patch."},
+    )
+    idColumn = Field[str](doc="Column with the ID of the object.", default="objectId")
+    raColumn = Field[str](doc="Column with the ICRS right ascension in degrees.", default="coord_ra")
+    decColumn = Field[str](doc="Column with the ICRS declination in degrees.", default="coord_dec")
+    fluxColumn = Field[str](
+        doc="Columns with the total flux in nJy; '{band}' stands for the band.", default="{band}_cModelFlux"
+    )
+    momentColumns = ListField[str](
+        doc="Columns with the second moments xx, yy and xy of hosts in pixels.  Lenses point along them.  If "
+        "empty, they point anywhere.",
+        default=["shape_xx", "shape_yy", "shape_xy"],
+    )
+    badMaskPlanes = ListField[str](
+        doc="Mask planes, under lsst.images or afw names, whose pixels are unusable.",
+        default=list(DEFAULT_BAD_PLANES),
+    )
+    maxMaskedFraction = RangeField(
+        dtype=float,
+        doc="Largest fraction of unusable pixels in any band of a stamp.",
+        default=0.2,
+        min=0.0,
+        max=1.0,
+        inclusiveMax=False,
+    )
+
+    # Stamps.
+    stampSize = RangeField(
+        dtype=int,
+        doc="Side of the stamps in pixels, odd; larger than what a network sees by twice the largest shift "
+        "of its training.",
+        default=51,
+        min=15,
+    )
+    psfSize = RangeField(dtype=int, doc="Side of the PSF kernels in pixels, odd.", default=25, min=3)
+
+    # Lenses.
+    hostSelection = ListField[str](
+        doc="Conditions on the columns of the object table for galaxies that may be lenses: red, bright and "
+        "extended.",
+        default=[
+            "refExtendedness > 0.5",
+            "16 < mag(i_cModelFlux) < 21.5",
+            "mag(g_cModelFlux) - mag(i_cModelFlux) > 1.3",
+        ],
+    )
+    arcsPerHost = RangeField(
+        dtype=int,
+        doc="Number of lenses tried on each host; those that are too faint are dropped.",
+        default=5,
+        min=1,
+    )
+    maxLenses = RangeField(dtype=int, doc="Largest number of lenses of a patch.", default=2000, min=1)
+    minEinsteinRadius = RangeField(
+        dtype=float, doc="Smallest Einstein radius in arcsec.", default=0.6, min=0.1
+    )
+    maxEinsteinRadius = RangeField(
+        dtype=float, doc="Largest Einstein radius in arcsec.", default=3.0, min=0.2
+    )
+    minArcSnr = RangeField(
+        dtype=float,
+        doc="Smallest signal to noise of the arcs in the best band, as LensPop defines it.",
+        default=15.0,
+        min=0.0,
+    )
+    minMagnification = RangeField(
+        dtype=float, doc="Smallest magnification of the source as a whole.", default=3.0, min=1.0
+    )
+
+    # Non-lenses.
+    nonLenses = ConfigDictField(
+        doc="Kinds of non-lenses, by the name that goes into the column 'kind'.",
+        keytype=str,
+        itemtype=NonLensConfig,
+        default={},
+    )
+    nonLensRatio = RangeField(dtype=float, doc="Number of non-lenses for each lens.", default=1.0, min=0.0)
+
+    # Splits and seed.
+    validationFraction = RangeField(
+        dtype=float,
+        doc="Fraction of the sky whose examples are for validation.",
+        default=0.15,
+        min=0.0,
+        max=1.0,
+    )
+    testFraction = RangeField(
+        dtype=float,
+        doc="Fraction of the sky whose examples are for the test.",
+        default=0.15,
+        min=0.0,
+        max=1.0,
+    )
+    seed = Field[int](doc="Seed, to which that of the data ID is added.", default=0)
+
+    def setDefaults(self) -> None:
+        super().setDefaults()
+        galaxy = ["refExtendedness > 0.5", "mag(i_cModelFlux) < 23"]
+        color = "mag(g_cModelFlux) - mag(i_cModelFlux)"
+        self.nonLenses = {
+            "host": NonLensConfig(fraction=0.3),
+            "companion": NonLensConfig(fraction=0.15, addCompanions=True),
+            "galaxy": NonLensConfig(fraction=0.3, selection=galaxy),
+            "blue": NonLensConfig(
+                fraction=0.2,
+                selection=["refExtendedness > 0.5", "mag(i_cModelFlux) < 22", f"{color} < 1.3"],
+            ),
+            "star": NonLensConfig(
+                fraction=0.05, selection=["refExtendedness < 0.5", "mag(i_cModelFlux) < 22"]
+            ),
+        }
+
+    def validate(self) -> None:
+        super().validate()
+        if self.stampSize % 2 == 0 or self.psfSize % 2 == 0:
+            raise FieldValidationError(
+                self.__class__.stampSize, self, "The sides of stamps and PSF kernels must be odd."
+            )
+        if len(self.momentColumns) not in (0, 3):
+            raise FieldValidationError(
+                self.__class__.momentColumns, self, "Three columns are needed, xx, yy and xy, or none."
+            )
+        if self.validationFraction + self.testFraction > 1:
+            raise FieldValidationError(
+                self.__class__.testFraction, self, "Validation and test are more than the whole sky."
+            )
+        try:
+            column_names([expression for selection in self.selections for expression in selection])
+        except SelectionError as err:
+            raise FieldValidationError(self.__class__.hostSelection, self, str(err)) from err
+
+    @property
+    def selections(self) -> list[list[str]]:
+        """The selections of hosts and of all kinds of non-lenses."""
+        return [list(self.hostSelection), *(list(kind.selection) for kind in self.nonLenses.values())]
+
+
+class SimulateLensesTask(PipelineTask):
+    """Paint lensed arcs on galaxies of a patch, and choose non-lenses.
+
+    Galaxies that may be lenses get arcs of sources drawn from a prior
+    (`.simulation.sample_lens_population`), for lenses that suit their
+    magnitudes, colours and orientation, with the PSF of the coadd at that
+    place.  Non-lenses are those galaxies without arcs, and other kinds.
+    """
+
+    ConfigClass: ClassVar[type[SimulateLensesConfig]] = SimulateLensesConfig
+    _DefaultName: ClassVar[str] = "simulateLenses"
+    config: SimulateLensesConfig
+
+    def runQuantum(
+        self,
+        butlerQC: QuantumContext,
+        inputRefs: InputQuantizedConnection,
+        outputRefs: OutputQuantizedConnection,
+    ) -> None:
+        data_id = butlerQC.quantum.dataId
+        assert data_id is not None
+        inputs = butlerQC.get(inputRefs)
+        coadd = MultibandCoadd.read(inputs["coadds"], self.config.bands)
+        objects = self._read_objects(inputs["objects"], int(data_id["patch"]))
+        seed = compute_seed(data_id["skymap"], data_id["tract"], data_id["patch"], self.config.seed)
+        outputs = self.run(coadd, objects, seed=seed, num_cores=butlerQC.resources.num_cores)
+        butlerQC.put(outputs, outputRefs)
+
+    def run(self, coadd: MultibandCoadd, objects: Table, *, seed: int = 0, num_cores: int = 1) -> Struct:
+        """Make the examples of a patch.
+
+        Parameters
+        ----------
+        coadd
+            Coadds of the patch.
+        objects
+            Objects, with the columns that the configuration names.
+        seed
+            Seed of the simulation.
+        num_cores
+            Threads that may be used.
+
+        Returns
+        -------
+        result : `lsst.pipe.base.Struct`
+            Results as a struct with attributes:
+
+            ``examples``
+                `Cutouts.to_table` with the `EXAMPLE_COLUMNS`
+                (`astropy.table.Table`).
+
+        Raises
+        ------
+        lsst.pipe.base.NoWorkFound
+            Raised if no galaxy of the patch can be a host, or no arc on it
+            is bright enough.
+        """
+        rng = np.random.default_rng(seed)
+        extractor = CutoutExtractor(
+            coadd,
+            size=self.config.stampSize,
+            psf_size=self.config.psfSize,
+            bad_planes=self.config.badMaskPlanes,
+        )
+        hosts = objects[select_objects(objects, self.config.hostSelection)]
+        host_cutouts, hosts = self._extract(extractor, hosts)
+        if len(hosts) == 0:
+            raise NoWorkFound("No galaxy of this patch satisfies hostSelection with usable pixels.")
+        with torch_threads(num_cores):
+            lenses = self._make_lenses(host_cutouts, hosts, rng)
+            if len(lenses) == 0:
+                raise NoWorkFound(
+                    f"No arc on any of {len(hosts)} hosts has a signal to noise of {self.config.minArcSnr}."
+                )
+            parts = [lenses]
+            total = sum(kind.fraction for kind in self.config.nonLenses.values())
+            for name, kind in sorted(self.config.nonLenses.items()):
+                number = round(self.config.nonLensRatio * len(lenses) * kind.fraction / total)
+                cutouts, table = host_cutouts, hosts
+                if kind.selection:
+                    table = objects[select_objects(objects, kind.selection)]
+                    chosen = np.sort(rng.permutation(len(table))[: 2 * number])
+                    cutouts, table = self._extract(extractor, table[chosen])
+                parts.append(self._make_non_lenses(name, cutouts, table, number, kind.addCompanions, rng))
+        examples = vstack(parts, metadata_conflicts="silent")
+        examples["split"][:] = compute_split(
+            np.asarray(examples["ra"]),
+            np.asarray(examples["dec"]),
+            validation=self.config.validationFraction,
+            test=self.config.testFraction,
+        )
+        examples["seed"][:] = seed
+        counts = {str(kind): int((examples["kind"] == kind).sum()) for kind in np.unique(examples["kind"])}
+        self.metadata["seed"] = seed
+        for name, count in counts.items():
+            self.metadata[f"n_{name}"] = count
+        self.log.info("Made %s.", ", ".join(f"{count} examples of {name}" for name, count in counts.items()))
+        return Struct(examples=examples)
+
+    def _read_objects(self, handle: DeferredDatasetHandle, patch: int) -> Table:
+        """Read the columns that are used here, of the objects of a patch."""
+        config = self.config
+        expressions = [expression for selection in config.selections for expression in selection]
+        columns = {config.idColumn, config.raColumn, config.decColumn, *column_names(expressions)}
+        columns |= {config.fluxColumn.format(band=band) for band in config.bands} | set(config.momentColumns)
+        if config.objectDimensions == "tract":
+            columns.add("patch")
+        available = set(handle.get(component="columns"))
+        if missing := sorted(columns - available):
+            raise InvalidQuantumError(
+                f"The object table has no columns {missing}.  Configure the names of columns and the "
+                "selections for this survey."
+            )
+        table = handle.get(parameters={"columns": sorted(columns)})
+        return table[table["patch"] == patch] if config.objectDimensions == "tract" else table
+
+    def _extract(self, extractor: CutoutExtractor, objects: Table) -> tuple[Cutouts, Table]:
+        """Return the usable stamps, and the rows that they belong to."""
+        cutouts = extractor.extract(
+            ids=np.asarray(objects[self.config.idColumn]),
+            ra=np.asarray(objects[self.config.raColumn]),
+            dec=np.asarray(objects[self.config.decColumn]),
+        )
+        spoilt = cutouts.off_edge | cutouts.bad_psf.any(axis=1) | cutouts.missing_cell.any(axis=1)
+        usable = ~spoilt & (cutouts.masked_fraction.max(axis=1) <= self.config.maxMaskedFraction)
+        return cutouts[usable], objects[usable]
+
+    def _make_lenses(self, cutouts: Cutouts, hosts: Table, rng: np.random.Generator) -> Table:
+        """Return the stamps of hosts with arcs on them."""
+        from .simulation import paint_lenses
+
+        index = rng.permutation(np.repeat(np.arange(len(hosts)), self.config.arcsPerHost))
+        parts: list[Table] = []
+        # In chunks, to stop as soon as there are enough.
+        for chunk in np.array_split(index, max(len(index) // 500, 1)):
+            lenses = self._draw_lenses(hosts[chunk], rng)
+            painted, truth = paint_lenses(cutouts[chunk], lenses)
+            good = (truth["arc_snr"] >= self.config.minArcSnr) & (
+                truth["magnification"] >= self.config.minMagnification
+            )
+            good = np.asarray(good)
+            names = ("source_id", "einstein_radius", "magnification", "arc_snr")
+            columns = {name: np.asarray(truth[name])[good] for name in names}
+            parts.append(_make_examples(painted[good], label=True, kind="lens", **columns))
+            if sum(len(part) for part in parts) >= self.config.maxLenses:
+                break
+        return vstack(parts, metadata_conflicts="silent")[: self.config.maxLenses]
+
+    def _draw_lenses(self, hosts: Table, rng: np.random.Generator) -> Table:
+        """Return a lens for each host that suits it."""
+        from .simulation import match_lenses_to_hosts, rotate_lenses, sample_lens_population
+
+        population = sample_lens_population(
+            20 * len(hosts) + 2000,
+            seed=int(rng.integers(2**62)),
+            bands=self.config.bands,
+            min_einstein_radius=self.config.minEinsteinRadius,
+            max_einstein_radius=self.config.maxEinsteinRadius,
+        )
+        magnitudes = {band: self._compute_magnitudes(hosts, band) for band in self.config.bands}
+        lenses = match_lenses_to_hosts(population, magnitudes, seed=int(rng.integers(2**62)))
+        if not self.config.momentColumns:
+            return lenses
+        # Mass follows light, within the scatter of lens models.
+        xx, yy, xy = (np.nan_to_num(np.asarray(hosts[name])) for name in self.config.momentColumns)
+        angle = np.degrees(0.5 * np.arctan2(2 * xy, xx - yy)) + rng.normal(0, 10, len(hosts))
+        return rotate_lenses(lenses, angle - np.asarray(lenses["position_angle"]))
+
+    def _compute_magnitudes(self, objects: Table, band: str) -> np.ndarray:
+        flux = np.asarray(objects[self.config.fluxColumn.format(band=band)], dtype=np.float64)
+        return np.asarray(u.nJy.to(u.ABmag, np.where(flux > 0, flux, np.nan)))
+
+    def _make_non_lenses(
+        self,
+        name: str,
+        cutouts: Cutouts,
+        objects: Table,
+        number: int,
+        add_companions: bool,
+        rng: np.random.Generator,
+    ) -> Table:
+        """Return stamps of one kind of non-lenses."""
+        chosen = np.sort(rng.permutation(len(cutouts))[:number])
+        if len(chosen) < number:
+            self.log.info("Only %d of %d non-lenses of kind %s are there.", len(chosen), number, name)
+        cutouts = cutouts[chosen]
+        if add_companions and len(chosen):
+            cutouts = self._add_companions(cutouts, objects[chosen], rng)
+        return _make_examples(cutouts, label=False, kind=name)
+
+    def _add_companions(self, cutouts: Cutouts, hosts: Table, rng: np.random.Generator) -> Cutouts:
+        """Paint sources beside galaxies, without lensing."""
+        from .simulation import paint_lenses
+
+        for chosen in (np.ones(len(hosts), dtype=bool), rng.random(len(hosts)) < 0.4):
+            if not chosen.any():
+                continue
+            sources = self._draw_lenses(hosts[chosen], rng)
+            n = len(sources)
+            radius = np.asarray(sources["einstein_radius"]) * rng.uniform(0.7, 1.8, n)
+            phi = rng.uniform(0, 2 * np.pi, n)
+            sources["source_x"], sources["source_y"] = radius * np.cos(phi), radius * np.sin(phi)
+            brighter = 2.5 * np.log10(rng.uniform(3, 12, n))
+            for band in self.config.bands:
+                sources[f"source_mag_{band}"] -= brighter
+            for column in ("einstein_radius", "gamma1", "gamma2"):
+                sources[column] = 0.0
+            image = cutouts.image.copy()
+            image[chosen] = paint_lenses(cutouts[chosen], sources)[0].image
+            cutouts = dataclasses.replace(cutouts, image=image)
+        return cutouts
+
+
+def compute_seed(*values: Any) -> int:
+    """Return a seed that depends on all values, from 0 to 2**62 - 1.
+
+    Parameters
+    ----------
+    *values
+        Values of a data ID and the like.
+    """
+    digest = hashlib.sha256(repr(tuple(str(value) for value in values)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def compute_split(ra: np.ndarray, dec: np.ndarray, *, validation: float, test: float) -> np.ndarray:
+    """Return the split of positions: ``train``, ``validation`` or ``test``.
+
+    Whole blocks of sky go into one split, so that a galaxy, its stamps in
+    overlapping patches, and its neighbours do not leak from one into another
+    but at the borders of blocks.
+
+    Parameters
+    ----------
+    ra, dec
+        ICRS coordinates in degrees.
+    validation, test
+        Fractions of the sky.
+    """
+    row = np.floor(dec * 3600 / BLOCK_SIZE).astype(np.int64)
+    shrink = np.cos(np.radians((row + 0.5) * BLOCK_SIZE / 3600))
+    column = np.floor(ra * shrink * 3600 / BLOCK_SIZE).astype(np.int64)
+    blocks, inverse = np.unique(np.stack([row, column], axis=1), axis=0, return_inverse=True)
+    place = np.array([compute_seed("split", *block) / 2**62 for block in blocks.tolist()])
+    split = np.where(place < test, "test", np.where(place < test + validation, "validation", "train"))
+    return np.asarray(split.astype("U10")[inverse.ravel()])
+
+
+def _make_examples(
+    cutouts: Cutouts,
+    *,
+    label: bool,
+    kind: str,
+    source_id: np.ndarray | int = -1,
+    einstein_radius: np.ndarray | float = np.nan,
+    magnification: np.ndarray | float = np.nan,
+    arc_snr: np.ndarray | float = np.nan,
+) -> Table:
+    """Return a table of stamps with all columns of examples."""
+    n = len(cutouts)
+    values = {
+        "label": np.full(n, label),
+        "kind": np.full(n, kind, dtype="U32"),
+        "host_id": cutouts.ids,
+        "source_id": np.full(n, source_id, dtype=np.int64),
+        "einstein_radius": np.full(n, einstein_radius, dtype=np.float32),
+        "magnification": np.full(n, magnification, dtype=np.float32),
+        "arc_snr": np.full(n, arc_snr, dtype=np.float32),
+        "split": np.full(n, "", dtype="U10"),
+        "seed": np.zeros(n, dtype=np.int64),
+    }
+    table = cutouts.to_table()
+    for name, unit, description in EXAMPLE_COLUMNS:
+        table[name] = Column(values[name], unit=unit, description=description)
+    return table
