@@ -48,9 +48,9 @@ both an arc of twice the noise and a galaxy of 500 times the noise show."""
 BLACK = -0.5
 """Intensity in units of the noise that is shown black."""
 
-COLOR_BALANCE = np.array([0.85, 1.0, 1.5])
-"""Factors of red, green and blue, chosen so that in i, r, g lensed sources
-are blue beside old galaxies."""
+BAND_WEIGHTS = {"u": 3.2, "g": 1.8, "r": 1.0, "i": 0.6, "z": 0.5, "y": 0.45}
+"""Factors of flux densities, chosen so that old galaxies at redshift 0.5 are
+orange in i, r, g and lensed sources blue, whatever the depths."""
 
 NO_DATA_COLOR = (84, 88, 104)
 """Red, green and blue of pixels without data, a slate that no sky has."""
@@ -64,18 +64,18 @@ PANEL, GAP, CAPTION, MARGIN, HEADER = 1.55, 0.10, 0.36, 0.18, 0.52
 def make_color_images(cutouts: Cutouts, bands: Sequence[str] = ("i", "r", "g")) -> np.ndarray:
     """Make colour composites of stamps, each scaled to its own noise.
 
-    Every band is divided by its noise, so that the sky is grey and faint
-    arcs look alike at any depth, and the intensity is stretched as by
-    Lupton et al. (2004, PASP 116, 133), so that the colours of bright
-    galaxies are kept.
+    Bands have fixed weights, so that a colour means the same on every page.
+    The intensity is stretched as by Lupton et al. (2004, PASP 116, 133) in
+    units of the noise, so that both faint arcs and bright galaxies show,
+    and these keep their colours.
 
     Parameters
     ----------
     cutouts
         Stamps of any bands.
     bands
-        Bands shown red, green and blue.  An object that lacks one of them
-        is shown in grey.
+        The three bands shown red, green and blue.  An object that lacks one
+        of them is shown in grey.
 
     Returns
     -------
@@ -90,16 +90,16 @@ def make_color_images(cutouts: Cutouts, bands: Sequence[str] = ("i", "r", "g")) 
     index = [cutouts.bands.index(band) for band in bands if band in cutouts.bands]
     if not index:
         return images
-    flux, variance = cutouts.image[:, index], cutouts.variance[:, index]
+    weights = np.array([BAND_WEIGHTS.get(cutouts.bands[b], 1.0) for b in index], dtype=np.float32)
+    flux = cutouts.image[:, index] * weights[:, None, None]
+    variance = cutouts.variance[:, index] * weights[:, None, None] ** 2
     bad = cutouts.bad[:, index] | ~np.isfinite(flux) | ~np.isfinite(variance)
-    snr = np.where(bad, 0.0, flux) / compute_noise(variance, bad)[:, :, None, None]
-    seen = ~bad.all(axis=(2, 3))  # (N, bands)
+    noise = compute_noise(variance, bad)  # (N, bands)
+    seen = ~bad.all(axis=(2, 3))
     for k in np.flatnonzero(seen.any(axis=1)):
-        planes = snr[k, seen[k]]
-        if len(planes) < 3 or len(bands) != 3:
+        planes = np.where(bad[k], 0.0, flux[k])[seen[k]] / np.sqrt(np.mean(noise[k, seen[k]] ** 2))
+        if len(planes) < 3:
             planes = np.repeat(planes.mean(axis=0, keepdims=True), 3, axis=0)
-        else:
-            planes = planes * COLOR_BALANCE[:, None, None]
         picture = make_lupton_rgb(*(planes - BLACK), stretch=STRETCH, Q=SOFTENING)
         images[k] = np.where(bad[k, seen[k]].any(axis=0)[:, :, None], NO_DATA_COLOR, picture)
     return images
@@ -177,6 +177,7 @@ def plot_gallery(
     shown = [band for band in bands if band in cutouts.bands]
     legend = ", ".join(shown) + (" as red, green, blue" if len(shown) == 3 else " as grey")
     if scores is not None:
+        digits = 1 if np.nanmax(np.abs(scores), initial=0.0) >= 10 else 3
         legend = f"{score_name} at the upper right; {legend}"
     figure.text(
         1 - MARGIN / width, 1 - 0.31 / height, legend, color=FAINT_TEXT, size=7, ha="right", va="center"
@@ -191,7 +192,6 @@ def plot_gallery(
             axes, 0.04, 0.96, f"{k + 1 if ranks is None else ranks[k]}", size=8, color=ACCENT, weight="bold"
         )
         if scores is not None:
-            digits = 3 if abs(scores[k]) < 10 else 1
             score = f"{scores[k]:.{digits}f}" if np.isfinite(scores[k]) else "no score"
             _write(axes, 0.96, 0.96, score, size=7.5)
         if einstein_radii is not None and np.isfinite(einstein_radii[k]):

@@ -102,7 +102,8 @@ class RankLensCandidatesConfig(PipelineTaskConfig, pipelineConnections=RankLensC
             "ringfinder_snr": "Signal to noise of the residual of RingFinder.",
         },
     )
-    matchRadius = RangeField[float](
+    matchRadius = RangeField(
+        dtype=float,
         doc="Largest distance (arcsec) between rows of different patches that are the same object under "
         "different IDs; 0 merges rows of the same ID only.",
         default=1.0,
@@ -114,7 +115,8 @@ class RankLensCandidatesConfig(PipelineTaskConfig, pipelineConnections=RankLensC
         default=None,
         optional=True,
     )
-    nRanked = RangeField[int](
+    nRanked = RangeField(
+        dtype=int,
         doc="Largest number of objects with a rank in the ranked table, or None for all.",
         default=None,
         optional=True,
@@ -126,13 +128,15 @@ class RankLensCandidatesConfig(PipelineTaskConfig, pipelineConnections=RankLensC
     )
 
     # The gallery.
-    nGallery = RangeField[int](doc="Number of candidates in the gallery.", default=48, min=1)
+    nGallery = RangeField(dtype=int, doc="Number of candidates in the gallery.", default=48, min=1)
     galleryBands = ListField[str](
         doc="Bands shown red, green and blue; objects that lack one are shown in grey.",
         default=["i", "r", "g"],
         length=3,
     )
-    galleryColumns = RangeField[int](doc="Number of candidates in a row of the gallery.", default=8, min=1)
+    galleryColumns = RangeField(
+        dtype=int, doc="Number of candidates in a row of the gallery.", default=8, min=1
+    )
 
 
 class RankLensCandidatesTask(PipelineTask):
@@ -305,8 +309,10 @@ def _choose_rows(rows: Table, rank_by: str, match_radius: float) -> np.ndarray:
     """
     identity = _identify_objects(rows, match_radius)
     score = np.asarray(rows[rank_by], dtype=np.float64)
-    flags = [name for name in rows.colnames if name.startswith("flag_")]
-    n_flags = np.sum([np.asarray(rows[name], dtype=int) for name in flags], axis=0)
+    n_flags = np.zeros(len(rows), dtype=int)
+    for name in rows.colnames:
+        if name.startswith("flag_"):
+            n_flags += np.asarray(rows[name], dtype=bool)
     preference = np.lexsort(
         (
             rows["patch"],
