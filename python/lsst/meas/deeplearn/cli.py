@@ -25,6 +25,8 @@ from __future__ import annotations
 
 __all__ = ("get_cli_subcommands",)
 
+from collections.abc import Iterable
+
 import click
 
 from lsst.daf.butler.cli.opt import repo_argument
@@ -95,13 +97,73 @@ def list_deeplearn_models(repo: str, collections: str) -> None:
     click.echo("\n".join(table.pformat(max_lines=-1, max_width=-1)))
 
 
-def _split_band(
-    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
-) -> dict[str, str]:
+@click.command(cls=ButlerCommand, name="import-fits-coadds")
+@repo_argument(required=True)
+@click.argument("images", nargs=-1, required=True, metavar="BAND=FILE...")
+@click.option("--skymap", required=True, help="Name for the sky map of this field.")
+@click.option("--run", required=True, help="RUN collection to write to, such as cfhtls/coadds.")
+@click.option(
+    "--zero-point",
+    "zero_points",
+    multiple=True,
+    metavar="[BAND=]MAG",
+    help="AB magnitude of one count, for all bands or one; by default it is read from the header.",
+)
+@click.option("--weight", "weights", multiple=True, metavar="BAND=FILE", help="Inverse variance images.")
+@click.option("--psf", "psfs", multiple=True, metavar="BAND=FILE", help="Images of a star.")
+@click.option(
+    "--psf-fwhm", multiple=True, metavar="[BAND=]ARCSEC", help="Width of the PSF where there is no image."
+)
+def import_fits_coadds(
+    repo: str,
+    images: tuple[str, ...],
+    skymap: str,
+    run: str,
+    zero_points: tuple[str, ...],
+    weights: tuple[str, ...],
+    psfs: tuple[str, ...],
+    psf_fwhm: tuple[str, ...],
+) -> None:
+    """Import plain FITS images of a field as coadds, and detect objects.
+
+    REPO is made if it does not exist.  All images must have one pixel grid
+    and a celestial WCS.
+    """
+    from . import fits_coadds
+
+    files = _split_bands(images)
+    try:
+        fits_coadds.import_fits_coadds(
+            repo,
+            files,
+            sky_map=skymap,
+            run=run,
+            zero_points=_split_numbers(zero_points, files),
+            weights=_split_bands(weights),
+            psfs=_split_bands(psfs),
+            psf_fwhm=_split_numbers(psf_fwhm, files),
+            report=click.echo,
+        )
+    except (OSError, ValueError) as err:
+        raise click.ClickException(str(err)) from err
+
+
+def _split_bands(values: Iterable[str]) -> dict[str, str]:
     """Turn ``BAND=VALUE`` arguments into a mapping."""
     if bad := [value for value in values if "=" not in value]:
-        raise click.BadParameter(f"{bad[0]!r} is not of the form BAND=VALUE.")
+        raise click.BadParameter(f"{bad[0]!r} is not of the form BAND=VALUE, such as i=image.fits.")
     return dict(value.split("=", 1) for value in values)
+
+
+def _split_numbers(values: Iterable[str], bands: Iterable[str]) -> dict[str, float] | None:
+    """Turn numbers for one band, or for all of them, into a mapping."""
+    numbers: dict[str, str] = {}
+    for value in values:
+        numbers |= _split_bands([value]) if "=" in value else dict.fromkeys(bands, value)
+    try:
+        return {band: float(number) for band, number in numbers.items()} or None
+    except ValueError as err:
+        raise click.BadParameter(f"{err}; give a number, or BAND=NUMBER.") from err
 
 
 @click.command(cls=ButlerCommand, name="make-lens-demo")
@@ -130,15 +192,20 @@ def show_lens_demo(repo: str, collections: str, best: int) -> None:
     """
     from astropy.table import vstack
 
-    from lsst.daf.butler import Butler, MissingCollectionError
+    from lsst.daf.butler import (
+        Butler,
+        EmptyQueryResultError,
+        MissingCollectionError,
+        MissingDatasetTypeError,
+    )
 
     from .lenses.truth import describe_recovery
 
     with Butler.from_config(repo) as butler:
         try:
             refs = butler.query_datasets("lens_candidates_ranked", collections)
-        except MissingCollectionError as err:
-            raise click.ClickException(f"{err}  Run find_lenses.yaml first.") from err
+        except (EmptyQueryResultError, MissingCollectionError, MissingDatasetTypeError) as err:
+            raise click.ClickException(f"Run find_lenses.yaml first: {err}") from err
         for ref in refs:
             truth_refs = butler.query_datasets("lens_truth", "*", find_first=False, data_id=ref.dataId)
             truth = vstack([butler.get(truth_ref) for truth_ref in truth_refs], metadata_conflicts="silent")

@@ -29,11 +29,12 @@ from __future__ import annotations
 
 __all__ = ("Scene", "make_demo", "make_scene")
 
+import contextlib
 import dataclasses
 import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,11 @@ import astropy.units as u
 import galsim
 import numpy as np
 import sep
-from astropy.table import Column, Table, hstack
+from astropy.table import Column, Table, vstack
 from scipy.ndimage import convolve1d, gaussian_filter
 
 from lsst.daf.butler import Butler
+from lsst.utils.threads import disable_implicit_threading
 
 from .coadds import MultibandCoadd
 from .detection import detect_objects, select_primary
@@ -76,8 +78,23 @@ PSF_SIZE = 35
 ARC_SIZE = 71
 """Side in pixels of the stamps with arcs."""
 
+ARC_PSF_SIZE = 41
+"""Side in pixels of the PSF images that arcs are convolved with."""
+
+MIN_ARC_SNR = 20.0
+"""Signal to noise of arcs in the best band, as LensPop asks for."""
+
+MASSIVE_DENSITY = 0.6
+"""Galaxies per square arcmin that are like lenses but have no arcs; without
+them brightness and colour alone would tell the lenses.
+"""
+
 LENS_DISTANCE = 75.0
-"""Smallest distance between lenses, and from bright stars, in pixels."""
+"""Smallest distance of a lens from others and from bright objects, in pixels.
+"""
+
+BRIGHT_MAGNITUDE = 18.5
+"""Magnitude of the stars and galaxies that lenses keep away from."""
 
 WARP_KERNEL = (0.03, 0.94, 0.03)
 """Correlates the noise along each axis about as Lanczos-3 warping does: 0.89
@@ -166,14 +183,14 @@ def make_demo(
         Number of cells along y and x of the inner region of a patch, which
         has a border of one cell besides.
     cell_size
-        Side of a cell in pixels of 0.2 arcsec.
+        Side of a cell in pixels of 0.2 arcsec, at least 40.
     bands
-        Bands, of u, g, r, i, z and y.
+        Bands, of g, r, i, z and y; without lenses also u.
     n_lenses
         Number of lenses with an Einstein radius above 1 arcsec in the inner
         region of each patch; besides there are a third as many smaller ones.
         12 by default, a thousand times as many as on the sky.  With 0 there
-        are none at all.
+        are none at all; the sky is otherwise the same.
     run
         Name of the RUN collection.
     processes
@@ -201,23 +218,19 @@ def make_demo(
         f"{len(scene.lenses)} lenses."
     )
     Butler.makeRepo(str(root))
-    with Butler.from_config(str(root), run=run, writeable=True) as butler:
+    with Butler.from_config(str(root), run=run, writeable=True) as butler, _open_pool(processes) as pool:
         register_sky_map(butler, sky_map, instrument=INSTRUMENT, bands=bands)
         register_dataset_types(butler)
-        snr = []
-        for band, band_snr in zip(
-            bands, _map(write_band, [(root, run, scene, band) for band in bands], processes), strict=True
-        ):
+        snr: list[np.ndarray] = []
+        tables: list[Table] = []
+        arguments = [(root, run, scene, band) for band in bands]
+        for band, band_snr in zip(bands, _map(pool, write_band, arguments), strict=True):
             snr.append(band_snr)
             report(f"Drew {band} and wrote its coadds.")
-        tables = []
-        for patch, table in zip(
-            sky_map.patch_ids,
-            _map(write_objects, [(root, run, sky_map, bands, p) for p in sky_map.patch_ids], processes),
-            strict=True,
-        ):
+        patch_arguments = [(root, run, sky_map, bands, patch) for patch in sky_map.patch_ids]
+        for table in _map(pool, write_objects, patch_arguments):
+            report(f"Detected {len(table)} objects in patch {len(tables)}.")
             tables.append(table)
-            report(f"Detected {len(table)} objects in patch {patch}.")
         butler.put(select_primary(tables), "object", skymap=sky_map.name, tract=sky_map.tract)
         if len(scene.lenses):
             _write_truth(butler, scene, np.stack(snr, axis=1))
@@ -242,7 +255,7 @@ def make_scene(sky_map: CellSkyMap, bands: Sequence[str], *, seed: int, n_lenses
     """
     shape = sky_map.bbox.shape
     # A generator each, so that the sky stays when lenses are added.
-    galaxy_rng, group_rng, star_rng, psf_rng, lens_rng = np.random.default_rng(seed).spawn(5)
+    galaxy_rng, group_rng, massive_rng, star_rng, psf_rng, lens_rng = np.random.default_rng(seed).spawn(6)
     galaxies = Galaxies.concatenate([sample_galaxies(galaxy_rng, shape), sample_groups(group_rng, shape)])
     stars = sample_stars(star_rng, shape, bands)
     scene = Scene(
@@ -255,6 +268,8 @@ def make_scene(sky_map: CellSkyMap, bands: Sequence[str], *, seed: int, n_lenses
         lenses=Table(),
         arcs=np.zeros((0, len(bands), ARC_SIZE, ARC_SIZE), dtype=np.float32),
     )
+    massive = _sample_massive_galaxies(massive_rng, scene)
+    scene.galaxies = Galaxies.concatenate([scene.galaxies, massive])
     if n_lenses:
         _add_lenses(scene, lens_rng, n_lenses)
     return scene
@@ -406,76 +421,131 @@ def _sample_psf(
     return parameters
 
 
-def _add_lenses(scene: Scene, rng: np.random.Generator, n_lenses: int) -> None:
-    """Turn early-type galaxies, which are added, into lenses."""
-    # This imports torch.
-    from .lenses.simulation import render_arcs, sample_lens_population
+def _sample_massive_galaxies(rng: np.random.Generator, scene: Scene) -> Galaxies:
+    """Draw galaxies like those that are lenses, without arcs."""
+    from .lenses.simulation import sample_lens_population
 
-    sky_map, bands = scene.sky_map, scene.bands
-    n_patches, n_small = len(sky_map.patch_ids), n_lenses // 3
-    limits = [(n_lenses * n_patches, 1.0, 3.0), *([(n_small * n_patches, 0.6, 1.0)] if n_small else [])]
-    parts = [
-        sample_lens_population(
-            n,
-            seed=int(rng.integers(2**31)),
-            bands=[band for band in bands if band in "grizy"],
-            min_einstein_radius=low,
-            max_einstein_radius=high,
-        )
-        for n, low, high in limits
-    ]
-    # Lenses of a patch follow each other, the large ones first.
-    rows = np.concatenate([np.repeat(np.arange(n_patches), n // n_patches) for n, _, _ in limits])
-    x, y = _place_lenses(scene, rng, rows)
-    names = [name for name in parts[0].colnames if not name.startswith("lens_mag_")]
-    population = Table({name: np.concatenate([part[name] for part in parts]) for name in names})
-    for name in names:
-        population[name].unit = parts[0][name].unit
-        population[name].description = parts[0][name].description
-    magnitude = np.concatenate([part["lens_mag_i"] for part in parts])
-    hosts = sample_early_types(rng, x, y, np.asarray(population["lens_redshift"]), magnitude)
-    # Light follows mass, but not quite.
+    height, width = scene.sky_map.bbox.shape
+    n = rng.poisson(MASSIVE_DENSITY * height * width * (PIXEL_SCALE / 60) ** 2)
+    if n == 0:
+        return sample_early_types(rng, *np.zeros((4, 0)))
+    population = sample_lens_population(n, seed=int(rng.integers(2**31)), bands=("i",))
+    x, y = rng.uniform(0, width - 1, n), rng.uniform(0, height - 1, n)
+    return _make_hosts(rng, population, x, y)
+
+
+def _make_hosts(rng: np.random.Generator, population: Table, x: np.ndarray, y: np.ndarray) -> Galaxies:
+    """Draw lens galaxies: spheroids whose light follows mass, nearly."""
+    redshift, magnitude = (np.asarray(population[name]) for name in ("lens_redshift", "lens_mag_i"))
+    hosts = sample_early_types(rng, x, y, redshift, magnitude)
     hosts.axis_ratio[:, 0] = np.clip(population["axis_ratio"] + rng.normal(0, 0.05, len(x)), 0.3, 1.0)
     hosts.position_angle = np.deg2rad(population["position_angle"] + rng.normal(0, 5, len(x))) % np.pi
     hosts.fraction[:] = [1.0, 0.0, 0.0]
+    return hosts
+
+
+def _sample_lenses(
+    rng: np.random.Generator, bands: Sequence[str], n: int, *, min_radius: float, max_radius: float
+) -> Table:
+    """Draw lenses that count as discoverable, by the noise of the sky."""
+    # This imports torch.
+    from .lenses.simulation import compute_arc_snr, render_arcs, sample_lens_population
+
+    trials = sample_lens_population(
+        4 * n,
+        seed=int(rng.integers(2**31)),
+        # Lens galaxies are made from their i magnitude.
+        bands=sorted({*bands, "i"}),
+        min_einstein_radius=min_radius,
+        max_einstein_radius=max_radius,
+    )
+    kernels = np.stack([draw_psf_kernel(make_psf(SURVEY[band].psf_fwhm), ARC_PSF_SIZE) for band in bands])
+    arcs = render_arcs(
+        trials,
+        bands=bands,
+        pixel_scale=PIXEL_SCALE,
+        size=ARC_SIZE,
+        psf=np.repeat(kernels[None].astype(np.float32), len(trials), axis=0),
+    )
+    noise = np.array([SURVEY[band].sky_noise for band in bands])[:, None, None]
+    snr = compute_arc_snr(arcs, np.broadcast_to(noise**2, arcs.shape)).max(axis=1)
+    # In their order; should there be too few, others follow.
+    return trials[np.argsort(snr < MIN_ARC_SNR, kind="stable")[:n]]
+
+
+def _add_lenses(scene: Scene, rng: np.random.Generator, n_lenses: int) -> None:
+    """Add lenses, arcs and galaxies, to a scene."""
+    from .lenses.simulation import render_arcs
+
+    sky_map, bands = scene.sky_map, scene.bands
+    n_patches = len(sky_map.patch_ids)
+    parts, patches = [], []
+    for n, low, high in ((n_lenses, 1.0, 3.0), (n_lenses // 3, 0.6, 1.0)):
+        if n:
+            parts.append(_sample_lenses(rng, bands, n * n_patches, min_radius=low, max_radius=high))
+            patches.append(np.repeat(np.arange(n_patches), n))
+    population = vstack(parts)
+    x, y = _place_lenses(scene, rng, np.concatenate(patches))
+    hosts = _make_hosts(rng, population, x, y)
     scene.galaxies = Galaxies.concatenate([scene.galaxies, hosts])
 
-    center = np.floor(np.stack([x, y]) + 0.5)
+    # Kernels off their centres as the lenses are off those of their pixels.
+    dx, dy = x - np.floor(x + 0.5), y - np.floor(y + 0.5)
     kernels = np.array(
         [
-            [draw_psf_kernel(scene.get_psf(b, x=xk, y=yk), 41, dx=xk - cx, dy=yk - cy) for b in bands]
-            for xk, yk, cx, cy in zip(x, y, *center, strict=True)
+            [
+                draw_psf_kernel(scene.get_psf(b, x=x[k], y=y[k]), ARC_PSF_SIZE, dx=dx[k], dy=dy[k])
+                for b in bands
+            ]
+            for k in range(len(x))
         ]
     )
     scene.arcs = render_arcs(
         population, bands=bands, pixel_scale=PIXEL_SCALE, size=ARC_SIZE, psf=kernels.astype(np.float32)
     )
     sky = sky_map.sky_projection.pixel_to_sky(x=x, y=y)
-    columns: list[tuple[str, np.ndarray, u.UnitBase | None, str]] = [
-        ("lens_id", np.arange(1, len(x) + 1), None, "Running number of the lens in the tract"),
-        ("ra", sky.ra.deg, u.deg, "ICRS right ascension of the lens galaxy"),
-        ("dec", sky.dec.deg, u.deg, "ICRS declination of the lens galaxy"),
-        ("x", x, u.pix, "Column in pixels of the tract"),
-        ("y", y, u.pix, "Row in pixels of the tract"),
-        ("lens_half_light_radius", hosts.half_light_radius[:, 0], u.arcsec, "Of the lens galaxy, major axis"),
-    ]
-    for band in bands:
-        flux = hosts.compute_fluxes(band).sum(axis=1)
-        mag = AB_ZERO_POINT - 2.5 * np.log10(flux)
-        columns.append((f"lens_mag_{band}", mag, u.ABmag, f"Total {band} magnitude of the lens galaxy"))
-    population.remove_column("lens_half_light_radius")
-    scene.lenses = hstack([_make_table(columns), population])
+    # Magnitudes and sizes as drawn, instead of those of the population.
+    population.remove_columns(
+        [name for name in population.colnames if name.startswith(("lens_mag_", "lens_half_light"))]
+    )
+    scene.lenses = population
+    for index, (name, values, unit, description) in enumerate(
+        [
+            ("lens_id", np.arange(1, len(x) + 1), None, "Running number of the lens in the tract"),
+            ("ra", sky.ra.deg, u.deg, "ICRS right ascension of the lens galaxy"),
+            ("dec", sky.dec.deg, u.deg, "ICRS declination of the lens galaxy"),
+            ("x", x, u.pix, "Column in pixels of the tract"),
+            ("y", y, u.pix, "Row in pixels of the tract"),
+            (
+                "lens_half_light_radius",
+                hosts.half_light_radius[:, 0],
+                u.arcsec,
+                "Half-light radius of the lens galaxy along its major axis",
+            ),
+            *(
+                (
+                    f"lens_mag_{band}",
+                    AB_ZERO_POINT - 2.5 * np.log10(hosts.compute_fluxes(band).sum(axis=1)),
+                    u.ABmag,
+                    f"Total {band} magnitude of the lens galaxy",
+                )
+                for band in bands
+            ),
+        ]
+    ):
+        scene.lenses.add_column(Column(values, unit=unit, description=description), index, name)
 
 
 def _place_lenses(
     scene: Scene, rng: np.random.Generator, patches: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return positions in given patches, away from each other and from
-    bright stars and missing cells.
+    """Return positions in given patches, away from each other, from bright
+    stars and galaxies and from missing cells.
     """
     sky_map = scene.sky_map
-    bright = scene.stars.magnitudes[scene.bands[-1]] < 18
-    occupied = list(zip(scene.stars.x[bright], scene.stars.y[bright], strict=True))
+    stars = scene.stars[scene.stars.magnitudes[scene.bands[-1]] < BRIGHT_MAGNITUDE]
+    galaxies = scene.galaxies[scene.galaxies.magnitude < BRIGHT_MAGNITUDE]
+    occupied = [*zip(stars.x, stars.y, strict=True), *zip(galaxies.x, galaxies.y, strict=True)]
     missing = {cell for band in scene.bands for cell in scene.get_missing_cells(band)}
     positions = []
     for patch in patches:
@@ -555,11 +625,11 @@ def _write_truth(butler: Butler, scene: Scene, snr: np.ndarray) -> None:
     """Write the lenses of each patch."""
     truth = scene.lenses.copy()
     flux = scene.arcs.sum(axis=(2, 3))
-    source = 10 ** (-0.4 * (np.asarray(truth["source_mag_i"]) - AB_ZERO_POINT))
+    source = 10 ** (-0.4 * (np.asarray(truth[f"source_mag_{scene.bands[0]}"]) - AB_ZERO_POINT))
     for name, values, unit, description in (
         (
             "magnification",
-            flux[:, scene.bands.index("i")] / source,
+            flux[:, 0] / source,
             None,
             "Flux of the images over that of the source",
         ),
@@ -574,13 +644,6 @@ def _write_truth(butler: Butler, scene: Scene, snr: np.ndarray) -> None:
         butler.put(truth[inside], "lens_truth", skymap=sky_map.name, tract=sky_map.tract, patch=patch.id)
 
 
-def _make_table(columns: Sequence[tuple[str, np.ndarray, u.UnitBase | None, str]]) -> Table:
-    table = Table()
-    for name, values, unit, description in columns:
-        table[name] = Column(values, unit=unit, description=description)
-    return table
-
-
 def _ingest_shipped_models(butler: Butler) -> list[str]:
     """Put the model packages of this package into a repository."""
     from .model_package import ModelPackage, ingest_model
@@ -593,12 +656,23 @@ def _ingest_shipped_models(butler: Butler) -> list[str]:
     return names
 
 
-def _map(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], processes: int) -> Iterator[Any]:
-    """Call a function with each tuple of arguments, in processes."""
+@contextlib.contextmanager
+def _open_pool(processes: int) -> Iterator[Executor | None]:
+    """Start processes, or none if one is enough."""
     if processes == 1:
-        yield from (function(*args) for args in arguments)
+        yield None
         return
     # Spawned, because forking a process that has used torch may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=processes, mp_context=context) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=disable_implicit_threading) as pool:
+        yield pool
+
+
+def _map(
+    pool: Executor | None, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
+) -> Iterator[Any]:
+    """Call a function with each tuple of arguments, results in order."""
+    if pool is None:
+        yield from (function(*args) for args in arguments)
+    else:
         yield from (future.result() for future in [pool.submit(function, *args) for args in arguments])

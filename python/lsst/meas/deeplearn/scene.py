@@ -147,8 +147,11 @@ _LOCUS = np.array(
     ]
 )
 
-FAINT_MAGNITUDE = 23.5
+FAINT_MAGNITUDE = 23.2
 """Galaxies fainter than this in i are drawn from a library of stamps."""
+
+ARMS_MAGNITUDE = 22.5
+"""Galaxies fainter than this in i are too small to show spiral arms."""
 
 BULGE, DISK, ARMS = range(3)
 """The parts of a galaxy."""
@@ -438,10 +441,10 @@ def sample_stars(rng: np.random.Generator, shape: tuple[int, int], bands: Sequen
 def compute_half_light_radius(redshift: np.ndarray, magnitude: np.ndarray, *, early: bool) -> np.ndarray:
     """Return the mean half-light radius of galaxies, in arcsec.
 
-    Along the major axis; a luminosity L* (M_r = -21.2) has 4.5 kpc if early
-    and 6 kpc if late, which goes as L^0.6 (1 + z)^-1.2 and as L^0.25
-    (1 + z)^-0.75: about the relations of Shen et al. (2003) and their
-    evolution in van der Wel et al. (2014).
+    Along the major axis; a luminosity L* (M_r = -21.2) has 3 kpc if early
+    and 6 kpc if late, which goes as L^0.4 (1 + z)^-0.8, between the galaxies
+    of van der Wel et al. (2014) and the smaller ones of LensPop, and as
+    L^0.25 (1 + z)^-0.75.
 
     Parameters
     ----------
@@ -458,7 +461,7 @@ def compute_half_light_radius(redshift: np.ndarray, magnitude: np.ndarray, *, ea
     absolute = magnitude - COSMOLOGY.distmod(redshift).value + 2.5 * np.log10((1 + redshift) * k_correction)
     luminosity = 10 ** (-0.4 * (absolute + 21.2))
     if early:
-        kpc = 4.5 * np.maximum(luminosity, 0.1) ** 0.6 * (1 + redshift) ** -1.2
+        kpc = 3.0 * np.maximum(luminosity, 0.1) ** 0.4 * (1 + redshift) ** -0.8
     else:
         kpc = 6.0 * luminosity**0.25 * (1 + redshift) ** -0.75
     return kpc * COSMOLOGY.arcsec_per_kpc_proper(redshift).value
@@ -545,7 +548,7 @@ def draw_galaxies(
     many.
     """
     fluxes = galaxies.compute_fluxes(band)
-    threshold = 0.3 * SURVEY[band].sky_noise
+    threshold = 0.15 * SURVEY[band].sky_noise
     faint = galaxies.magnitude > FAINT_MAGNITUDE
     for k in np.flatnonzero(faint):
         x, y = galaxies.x[k], galaxies.y[k]
@@ -563,7 +566,7 @@ def draw_galaxies(
         _add_stamp(image, stamp, x, y, flux)
     for k in np.flatnonzero(~faint):
         x, y = galaxies.x[k], galaxies.y[k]
-        profile, radius = _make_profile(galaxies, k, fluxes[k], threshold)
+        profile, radius = _make_profile(galaxies, int(k), fluxes[k], threshold)
         profile = galsim.Convolve(profile, get_psf(x, y), gsparams=GSPARAMS)
         stamp = _draw(profile, 2 * radius + 1, x - math.floor(x + 0.5), y - math.floor(y + 0.5))
         _add_stamp(image, stamp, x, y, 1.0)
@@ -592,7 +595,7 @@ def draw_stars(
         _add_stamp(image, stamp, x, y, flux)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _draw_faint(
     psf_fwhm: float, index: float, log_radius: int, axis_ratio: int, angle: int, dx: int, dy: int
 ) -> np.ndarray:
@@ -610,6 +613,8 @@ def _make_profile(
     """Return the profile of a galaxy and the radius of its stamp."""
     angle = galaxies.position_angle[k]
     parts, radius = [], 12.0
+    if galaxies.magnitude[k] > ARMS_MAGNITUDE:
+        fluxes = np.array([fluxes[BULGE], fluxes[DISK] + fluxes[ARMS], 0.0])
     for part, index in ((BULGE, galaxies.sersic_index[k]), (DISK, 1.0)):
         flux, size, q = fluxes[part], galaxies.half_light_radius[k, part], galaxies.axis_ratio[k, part]
         if flux > 0:
@@ -619,7 +624,7 @@ def _make_profile(
         size, q = galaxies.half_light_radius[k, DISK], galaxies.axis_ratio[k, DISK]
         parts.append(_make_arms(int(galaxies.seed[k]), fluxes[ARMS], size, q, angle))
         radius = max(radius, 8 + 3.5 * size / PIXEL_SCALE)
-    return galsim.Sum(parts), int(min(radius, 300))
+    return galsim.Sum(parts), int(min(radius, 500))
 
 
 def _make_sersic(index: float, flux: float, radius: float, q: float, angle: float) -> galsim.GSObject:

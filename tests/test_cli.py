@@ -1,0 +1,119 @@
+# This file is part of meas_deeplearn.
+#
+# Developed for the LSST Data Management System.
+# This product includes software developed by the LSST Project
+# (https://www.lsst.org).
+# See the COPYRIGHT file at the top-level directory of this distribution
+# for details of code ownership.
+#
+# This program is free software: you can redistribute it and/or modify
+# it under the terms of the GNU General Public License as published by
+# the Free Software Foundation, either version 3 of the License, or
+# (at your option) any later version.
+#
+# This program is distributed in the hope that it will be useful,
+# but WITHOUT ANY WARRANTY; without even the implied warranty of
+# MERCHANTABILITY or FITNESS FOR A PARTICULAR PURPOSE.  See the
+# GNU General Public License for more details.
+#
+# You should have received a copy of the GNU General Public License
+# along with this program.  If not, see <https://www.gnu.org/licenses/>.
+
+"""Tests of the sub-commands of ``butler``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from astropy.io import fits
+from click.testing import Result
+
+from lsst.daf.butler import Butler
+from lsst.daf.butler.cli.butler import cli
+from lsst.daf.butler.cli.utils import LogCliRunner
+from lsst.meas.deeplearn.repository import make_tangent_wcs
+from lsst.meas.deeplearn.tests import make_test_coadd, make_test_model
+
+
+def run(*arguments: object) -> Result:
+    """Run ``butler`` with arguments."""
+    return LogCliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """Return an empty repository."""
+    Butler.makeRepo(str(tmp_path / "repo"))
+    return tmp_path / "repo"
+
+
+def test_ingest_and_list_models(repository: Path, tmp_path: Path) -> None:
+    """A model is put into a run, found by the butler, and listed."""
+    path = tmp_path / "model.safetensors"
+    make_test_model().write(path)
+    result = run("ingest-deeplearn-model", repository, path, "--run", "models/test/v1")
+    assert result.exit_code == 0, result.output
+    butler = Butler.from_config(str(repository), collections="models/test/v1")
+    assert butler.get("deeplens_model")["name"].to_pylist() == ["test"]
+    listed = run("list-deeplearn-models", repository)
+    assert listed.exit_code == 0, listed.output
+    assert "models/test/v1" in listed.output
+    assert "g,r,i" in listed.output
+
+
+def test_bad_models_are_refused(repository: Path, tmp_path: Path) -> None:
+    """A missing or damaged file is an error in one line, not a traceback."""
+    path = tmp_path / "model.safetensors"
+    assert "model.safetensors" in run("ingest-deeplearn-model", repository, path, "--run", "models/v1").output
+    path.write_bytes(make_test_model().to_bytes()[:-100])
+    result = run("ingest-deeplearn-model", repository, path, "--run", "models/v1")
+    assert result.exit_code == 1
+    assert "truncated" in result.output
+    assert "ingest-deeplearn-model" in run("list-deeplearn-models", repository).output
+
+
+def write_image(path: Path, band: str) -> None:
+    """Write a plain FITS image of stars with a WCS and a zero point."""
+    stars = [(640.0 + 37 * k, 1230.0 + 29 * k, 3000.0 + 500 * k) for k in range(8)]
+    coadd = make_test_coadd(band, sources=stars)
+    header = make_tangent_wcs(ra=150.0, dec=2.0, pixel_scale=0.2, x=150.0, y=150.0).to_header()
+    header["MAGZERO"] = 31.4
+    fits.writeto(path, np.asarray(coadd.image.array), header)
+
+
+def test_import_fits_coadds(tmp_path: Path) -> None:
+    """FITS images become coadds and objects that can be queried."""
+    images = []
+    for band in "gri":
+        write_image(tmp_path / f"{band}.fits", band)
+        images.append(f"{band}={tmp_path / band}.fits")
+    options = ["--skymap", "field", "--run", "field/coadds", "--zero-point", "31.4", "--psf-fwhm", "i=0.7"]
+    result = run("import-fits-coadds", tmp_path / "repo", *images, *options)
+    assert result.exit_code == 0, result.output
+    butler = Butler.from_config(str(tmp_path / "repo"), collections="field/coadds")
+    assert len(butler.query_datasets("deep_coadd")) == 3
+    assert len(butler.get("object", skymap="field", tract=0)) >= 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["image.fits"], "BAND=VALUE"),
+        (["g=none.fits"], "none.fits"),
+        (["g=x", "--zero-point", "a"], "BAND=NUMBER"),
+    ],
+)
+def test_wrong_arguments_of_import(tmp_path: Path, arguments: list[str], message: str) -> None:
+    """Wrong arguments are named, with what was expected."""
+    result = run("import-fits-coadds", tmp_path / "repo", *arguments, "--skymap", "s", "--run", "r")
+    assert result.exit_code != 0
+    assert message in result.output
+
+
+def test_show_demo_before_the_pipeline(repository: Path) -> None:
+    """Without results, the cure is said."""
+    result = run("show-lens-demo", repository)
+    assert result.exit_code == 1
+    assert "find_lenses.yaml" in result.output
