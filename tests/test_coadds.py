@@ -597,6 +597,16 @@ def test_no_handle_at_all() -> None:
         MultibandCoadd.read([], ["g", "r"])
 
 
+def test_two_coadds_of_a_band() -> None:
+    """Two coadds of one band are not of one patch."""
+    handles = [
+        InMemoryDatasetHandle(make_test_coadd(start=(0, x)), storageClass="CellCoadd", dataId={"band": "i"})
+        for x in (0, 300)
+    ]
+    with pytest.raises(ValueError, match="of the same band"):
+        MultibandCoadd.read(handles, "i")
+
+
 def test_cell_coadd_without_patch() -> None:
     """A cell coadd need not know its patch."""
     coadd = make_test_coadd("i")

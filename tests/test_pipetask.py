@@ -23,7 +23,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,10 +49,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     """Run a command of the environment, and return what it printed."""
     script = Path(sys.executable).parent / command[0]
-    environment = os.environ | {"MEAS_DEEPLEARN_DIR": str(Path(__file__).parents[1])}
-    return subprocess.run(
-        [str(script), *command[1:]], capture_output=True, text=True, env=environment, check=False
-    )
+    return subprocess.run([str(script), *command[1:]], capture_output=True, text=True, check=False)
 
 
 def run_pipetask(repository: Path, output: str, *options: str, models: str = "models/deeplens/v1") -> str:

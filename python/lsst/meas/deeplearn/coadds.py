@@ -115,7 +115,7 @@ def shift_kernel(
 
     Lanczos interpolation of order 5, as ``lsst.afw.math.offsetImage`` does
     for ``computeImage``, so that PSF images agree with those of the stack
-    without having it.
+    without having it.  As there, the centroid is up to 0.012 pixels off.
 
     Parameters
     ----------
@@ -411,9 +411,12 @@ class MultibandCoadd:
         Raises
         ------
         ValueError
-            Raised as by `from_coadds`.
+            Raised as by `from_coadds`, or if two coadds are of one band.
         """
+        handles = tuple(handles)
         coadds = {str(handle.dataId["band"]): handle for handle in handles}
+        if len(coadds) < len(handles):
+            raise ValueError("Some coadds are of the same band; those of one patch are needed, one each.")
         return cls.from_coadds({band: _read(coadds[band]) for band in bands if band in coadds}, bands)
 
     @property

@@ -113,6 +113,8 @@ def predict(
         torch_threads(num_threads),
         torch.inference_mode(),
         torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"),
+        # cuDNN would round the float32 of convolutions to 10 bits (TF32).
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
     ):
         while start < len(inputs):
             stop = min(start + batch_size, len(inputs))
@@ -122,11 +124,13 @@ def predict(
             except torch.OutOfMemoryError:
                 if batch_size == 1:
                     raise
-                batch_size //= 2
-                torch.cuda.empty_cache()
-                _LOG.warning("Out of GPU memory; going on with batches of %d.", batch_size)
+            else:
+                start = stop
                 continue
-            start = stop
+            # Here, for the exception kept the tensors of the batch alive.
+            batch_size //= 2
+            torch.cuda.empty_cache()
+            _LOG.warning("Out of GPU memory; going on with batches of %d.", batch_size)
     return outputs
 
 

@@ -168,8 +168,9 @@ def compute_noise(variance: np.ndarray, bad: np.ndarray) -> np.ndarray:
         Square root of the median variance of the good pixels, and 1 where
         there are none.
     """
-    flat = np.where(bad, np.nan, variance).reshape(*variance.shape[:2], math.prod(variance.shape[2:]))
-    noise = np.ones(variance.shape[:2], dtype=np.float32)
-    usable = ~bad.reshape(flat.shape).all(axis=-1)
-    noise[usable] = np.sqrt(np.nanmedian(flat[usable], axis=-1))
-    return noise
+    # Bad pixels go to the end; np.nanmedian takes five times as long.
+    flat = np.where(bad, np.inf, variance).reshape(*variance.shape[:2], math.prod(variance.shape[2:]))
+    ordered = np.sort(flat, axis=-1)
+    n_good = (~bad).sum(axis=(2, 3))
+    middle = np.take_along_axis(ordered, np.stack([(n_good - 1) // 2, n_good // 2], axis=-1), axis=-1)
+    return np.where(n_good > 0, np.sqrt(middle.mean(axis=-1)), 1.0).astype(np.float32)
