@@ -255,7 +255,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a repository of two small patches and a model."""
     root = tmp_path_factory.mktemp("repository") / "repo"
     butler = make_test_repository(root, n_sources=40)
-    ingest_model(butler, make_test_model(), run="models/test", dataset_type="deeplens_model")
+    ingest_model(butler, make_test_model(), run="models/test")
     ingest_model(butler, make_test_model("gry"), run="models/gry", dataset_type="deeplens_model")
     return root
 

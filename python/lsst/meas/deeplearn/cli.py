@@ -50,13 +50,9 @@ def get_cli_subcommands() -> list[click.Command]:
 @click.command(cls=ButlerCommand, name="ingest-deeplearn-model")
 @repo_argument(required=True)
 @click.argument("package")
-@click.option(
-    "--run", required=True, help="RUN collection to put the model into, such as models/deeplens/v1."
-)
-@click.option(
-    "--dataset-type", default="deeplens_model", show_default=True, help="Dataset type of the model."
-)
-def ingest_deeplearn_model(repo: str, package: str, run: str, dataset_type: str) -> None:
+@click.option("--run", help="RUN collection to put the model into; models/<name>/v<version> by default.")
+@click.option("--dataset-type", help="Dataset type; that of the network by default, such as deeplens_model.")
+def ingest_deeplearn_model(repo: str, package: str, run: str | None, dataset_type: str | None) -> None:
     """Put a model package into a repository.
 
     PACKAGE is the path or URI of a .safetensors file, such as
@@ -72,7 +68,7 @@ def ingest_deeplearn_model(repo: str, package: str, run: str, dataset_type: str)
         raise click.ClickException(str(err)) from err
     with Butler.from_config(repo, writeable=True) as butler:
         ref = ingest_model(butler, model, run=run, dataset_type=dataset_type)
-    click.echo(f"Put {model.name} {model.version} into {ref.run} as {dataset_type} {ref.id}.")
+    click.echo(f"Put {model.name} {model.version} into {ref.run} as {ref.datasetType.name}.")
 
 
 @click.command(cls=ButlerCommand, name="list-deeplearn-models")

@@ -84,6 +84,11 @@ ARC_PSF_SIZE = 41
 MIN_ARC_SNR = 20.0
 """Signal to noise of arcs in the best band, as LensPop asks for."""
 
+MIN_LENS_REDSHIFT = 0.2
+"""Redshift of the nearest lens; nearer ones are rare on the sky, and so many
+would cover everything else.
+"""
+
 MASSIVE_DENSITY = 0.6
 """Galaxies per square arcmin that are like lenses but have no arcs; without
 them brightness and colour alone would tell the lenses.
@@ -169,7 +174,7 @@ def make_demo(
     In the collection ``run`` are ``deep_coadd``, ``object_patch``, ``object``
     and, if there are lenses, ``lens_truth``; sky map ``demo``, tract 1.  The
     model packages that come with this package are put into
-    ``models/<name>``.
+    ``models/<name>/v<version>``.
 
     Parameters
     ----------
@@ -235,7 +240,7 @@ def make_demo(
         if len(scene.lenses):
             _write_truth(butler, scene, np.stack(snr, axis=1))
         for name in _ingest_shipped_models(butler):
-            report(f"Put the model {name} into the repository.")
+            report(f"Put a model package into {name}.")
     report(f"The repository is in {root}, its coadds in the collection {run}.")
 
 
@@ -429,7 +434,8 @@ def _sample_massive_galaxies(rng: np.random.Generator, scene: Scene) -> Galaxies
     n = rng.poisson(MASSIVE_DENSITY * height * width * (PIXEL_SCALE / 60) ** 2)
     if n == 0:
         return sample_early_types(rng, *np.zeros((4, 0)))
-    population = sample_lens_population(n, seed=int(rng.integers(2**31)), bands=("i",))
+    population = sample_lens_population(2 * n, seed=int(rng.integers(2**31)), bands=("i",))
+    population = population[np.argsort(population["lens_redshift"] < MIN_LENS_REDSHIFT, kind="stable")[:n]]
     x, y = rng.uniform(0, width - 1, n), rng.uniform(0, height - 1, n)
     return _make_hosts(rng, population, x, y)
 
@@ -447,7 +453,9 @@ def _make_hosts(rng: np.random.Generator, population: Table, x: np.ndarray, y: n
 def _sample_lenses(
     rng: np.random.Generator, bands: Sequence[str], n: int, *, min_radius: float, max_radius: float
 ) -> Table:
-    """Draw lenses that count as discoverable, by the noise of the sky."""
+    """Draw lenses that count as discoverable, by the noise of the sky, and
+    are not too near.
+    """
     # This imports torch.
     from .lenses.simulation import compute_arc_snr, render_arcs, sample_lens_population
 
@@ -470,7 +478,8 @@ def _sample_lenses(
     noise = np.array([SURVEY[band].sky_noise for band in bands])[:, None, None]
     snr = compute_arc_snr(arcs, np.broadcast_to(noise**2, arcs.shape)).max(axis=1)
     # In their order; should there be too few, others follow.
-    return trials[np.argsort(snr < MIN_ARC_SNR, kind="stable")[:n]]
+    unwanted = (snr < MIN_ARC_SNR) | (trials["lens_redshift"] < MIN_LENS_REDSHIFT)
+    return trials[np.argsort(unwanted, kind="stable")[:n]]
 
 
 def _add_lenses(scene: Scene, rng: np.random.Generator, n_lenses: int) -> None:
@@ -645,14 +654,13 @@ def _write_truth(butler: Butler, scene: Scene, snr: np.ndarray) -> None:
 
 
 def _ingest_shipped_models(butler: Butler) -> list[str]:
-    """Put the model packages of this package into a repository."""
+    """Put the model packages of this package into a repository; return runs."""
     from .model_package import ModelPackage, ingest_model
 
     names = []
     for path in sorted((Path(__file__).parent / "resources" / "models").glob("*.safetensors")):
         package = ModelPackage.read(path)
-        ingest_model(butler, package, run=f"models/{package.name}", dataset_type=f"{package.name}_model")
-        names.append(package.name)
+        names.append(ingest_model(butler, package).run)
     return names
 
 

@@ -162,12 +162,16 @@ class Footprints:
     segments: np.ndarray
     """Which object a pixel belongs to, from 1, or 0, int32 ``(y, x)``."""
 
+    def __post_init__(self) -> None:
+        self._pixels = np.flatnonzero(self.segments)
+        self._owner = self.segments.ravel()[self._pixels]
+
     def __len__(self) -> int:
         return len(self.x)
 
     def sum_pixels(self, plane: np.ndarray) -> np.ndarray:
         """Return the sums of a plane over each footprint."""
-        return np.bincount(self.segments.ravel(), plane.ravel(), minlength=len(self) + 1)[1:]
+        return np.bincount(self._owner, plane.ravel()[self._pixels], minlength=len(self) + 1)[1:]
 
 
 def detect_objects(

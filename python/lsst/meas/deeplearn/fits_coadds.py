@@ -253,9 +253,7 @@ def read_fits_image(
     bad = ~usable
     size = background_size or 256
     background = sep.Background(image, mask=bad, bw=size, bh=size)
-    if background_size:
-        image -= background.back(dtype=np.float32)
-        remarks.append(f"background of {background.globalback:.3g} nJy subtracted")
+    sky = background.back(dtype=np.float32)
     noise = background.globalrms
     if weight is not None:
         variance = factor**2 / np.where(usable, inverse_variance, 1.0)
@@ -266,8 +264,11 @@ def read_fits_image(
         remarks.append(f"variance from the noise of the sky, {noise:.3g} nJy")
     scale = float(np.sqrt(np.prod(astropy.wcs.utils.proj_plane_pixel_scales(wcs)))) * 3600
     saturated = usable & (counts >= header.get("SATURATE", np.inf))
-    kernel, remark = _get_psf_kernel(path, header, image, noise, bad | saturated, scale, psf, psf_fwhm)
+    kernel, remark = _get_psf_kernel(path, header, image - sky, noise, bad | saturated, scale, psf, psf_fwhm)
     remarks.append(remark)
+    if background_size:
+        image -= sky
+        remarks.append(f"background of {background.globalback:.3g} nJy subtracted")
     image[bad] = np.nan
     variance = np.where(usable, variance, np.nan).astype(np.float32)
     return FitsImage(image, variance, saturated, kernel, wcs, remarks)
@@ -302,8 +303,10 @@ def estimate_psf_kernel(
     if len(objects) < MIN_STARS:
         return None
     x, y = objects["x"], objects["y"]
-    flux, err, _ = sep.sum_circle(image, x, y, 3 * np.median(objects["a"]), err=noise)
-    radius, _ = sep.flux_radius(image, x, y, 6 * objects["a"], 0.5, normflux=objects["flux"], subpix=5)
+    # The same aperture for all, so that all stars have the same radius.
+    aperture = 4 * float(np.median(objects["a"]))
+    flux, err, _ = sep.sum_circle(image, x, y, aperture, err=noise)
+    radius, _ = sep.flux_radius(image, x, y, np.full(len(x), aperture), 0.5, normflux=flux, subpix=5)
     half = size // 2
     height, width = image.shape
     inside = (x > half + 1) & (y > half + 1) & (x < width - half - 2) & (y < height - half - 2)
@@ -374,7 +377,7 @@ def _compute_njy_per_count(path: Path | str, header: fits.Header, zero_point: fl
                 return float((1.0 * u.Unit(header["BUNIT"])).to_value(u.nJy))
             except (KeyError, ValueError, TypeError, u.UnitConversionError):
                 raise ValueError(
-                    f"{path} has no zero point: none of {", ".join(ZERO_POINT_KEYWORDS)} in its header, and "
+                    f"{path} has no zero point: none of {', '.join(ZERO_POINT_KEYWORDS)} in its header, and "
                     "no BUNIT of flux density.  Give the AB magnitude of one count."
                 ) from None
         zero_point = float(header[keyword])

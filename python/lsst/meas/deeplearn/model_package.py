@@ -336,7 +336,9 @@ class ModelPackage:
         return network.eval()
 
 
-def ingest_model(butler: Butler, package: ModelPackage, *, run: str, dataset_type: str) -> DatasetRef:
+def ingest_model(
+    butler: Butler, package: ModelPackage, *, run: str | None = None, dataset_type: str | None = None
+) -> DatasetRef:
     """Put a model package into a repository.
 
     Parameters
@@ -346,12 +348,16 @@ def ingest_model(butler: Butler, package: ModelPackage, *, run: str, dataset_typ
     package
         The package.
     run
-        RUN collection, such as ``models/deeplens/v1``; made if need be.
+        RUN collection, which is made if need be; by default
+        ``models/<name>/v<version>``.
     dataset_type
-        Name of the dataset type, such as ``deeplens_model``.
+        Name of the dataset type; by default that of the architecture, such
+        as ``deeplens_model``.
     """
     from lsst.daf.butler import DatasetType
 
+    run = run or f"models/{package.name}/v{package.version}"
+    dataset_type = dataset_type or f"{package.architecture.lower()}_model"
     butler.collections.register(run)
     butler.registry.registerDatasetType(
         DatasetType(dataset_type, (), MODEL_STORAGE_CLASS, universe=butler.dimensions)

@@ -356,8 +356,9 @@ def make_region(sky_projection: SkyProjection[TractFrame], box: Box) -> ConvexPo
 
 
 def _compute_hash(sky_map: CellSkyMap) -> bytes:
-    """Return a digest of the geometry, which tells sky maps apart."""
+    """Return a digest of the sky map; no two of a repository share one."""
     geometry = (
+        sky_map.name,
         sky_map.wcs.to_header_string(),
         sky_map.n_patches,
         sky_map.inner_cells,

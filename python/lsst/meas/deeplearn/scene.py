@@ -60,6 +60,9 @@ PIXEL_SCALE = 0.2
 AB_ZERO_POINT = 31.4
 """AB magnitude of 1 nJy."""
 
+PSF_BETA = 3.5
+"""Index of the Moffat profile of the PSF."""
+
 COSMOLOGY = FlatLambdaCDM(H0=70.0, Om0=0.3)
 """Cosmology of the sky."""
 
@@ -101,13 +104,19 @@ class BandSettings:
         return 1e5 / (self.gain / self.n_visits)
 
     @property
+    def psf_scale(self) -> float:
+        """Scale of the Moffat profile of the PSF in pixels."""
+        return self.psf_fwhm / PIXEL_SCALE / (2 * math.sqrt(2 ** (1 / PSF_BETA) - 1))
+
+    @property
     def sky_noise(self) -> float:
         """Noise of a pixel of the sky in nJy, before it is correlated.
 
-        Follows from depth and PSF: the noise of a star is that of 2.266
-        (FWHM / pixel)^2 pixels (LSST SMTN-002).
+        Follows from depth and PSF: with a Moffat profile of index beta and
+        scale s a star has the noise of pi s^2 (2 beta - 1) / (beta - 1)^2
+        pixels.
         """
-        n_effective = 2.266 * (self.psf_fwhm / PIXEL_SCALE) ** 2
+        n_effective = math.pi * self.psf_scale**2 * (2 * PSF_BETA - 1) / (PSF_BETA - 1) ** 2
         return 10 ** (-0.4 * (self.depth - AB_ZERO_POINT)) / 5 / math.sqrt(n_effective)
 
 
@@ -150,7 +159,7 @@ _LOCUS = np.array(
 FAINT_MAGNITUDE = 23.2
 """Galaxies fainter than this in i are drawn from a library of stamps."""
 
-ARMS_MAGNITUDE = 22.5
+ARMS_MAGNITUDE = 22.0
 """Galaxies fainter than this in i are too small to show spiral arms."""
 
 BULGE, DISK, ARMS = range(3)
@@ -492,7 +501,7 @@ def _compute_light(band: str, redshift: np.ndarray, young: np.ndarray) -> np.nda
 def make_psf(fwhm: float, g1: float = 0.0, g2: float = 0.0) -> galsim.GSObject:
     """Return a PSF with the response of the pixel in it.
 
-    A Moffat profile of index 3.
+    A Moffat profile of index `PSF_BETA`.
 
     Parameters
     ----------
@@ -501,7 +510,7 @@ def make_psf(fwhm: float, g1: float = 0.0, g2: float = 0.0) -> galsim.GSObject:
     g1, g2
         Reduced shear of its ellipse.
     """
-    return galsim.Moffat(beta=3.0, fwhm=fwhm).shear(g1=g1, g2=g2)
+    return galsim.Moffat(beta=PSF_BETA, fwhm=fwhm).shear(g1=g1, g2=g2)
 
 
 def draw_psf_kernel(psf: galsim.GSObject, size: int, *, dx: float = 0.0, dy: float = 0.0) -> np.ndarray:
@@ -585,12 +594,12 @@ def draw_stars(
         The stars.
     """
     settings = SURVEY[band]
-    # Of the Moffat profile: its scale and its central brightness.
-    scale = settings.psf_fwhm / PIXEL_SCALE / (2 * math.sqrt(2 ** (1 / 3) - 1))
     for x, y, magnitude in zip(stars.x, stars.y, stars.magnitudes[band], strict=True):
         flux = 10 ** (-0.4 * (magnitude - AB_ZERO_POINT))
-        contrast = flux * 2 / (np.pi * scale**2) / (0.2 * settings.sky_noise)
-        radius = int(np.clip(scale * math.sqrt(max(contrast, 1.0) ** (1 / 3)), 8, 400))
+        # Where the Moffat profile falls below a part of the noise.
+        center = flux * (PSF_BETA - 1) / (math.pi * settings.psf_scale**2)
+        contrast = max(center / (0.2 * settings.sky_noise), 1.0)
+        radius = int(np.clip(settings.psf_scale * contrast ** (0.5 / PSF_BETA), 8, 400))
         stamp = _draw(get_psf(x, y), 2 * radius + 1, x - math.floor(x + 0.5), y - math.floor(y + 0.5))
         _add_stamp(image, stamp, x, y, flux)
 

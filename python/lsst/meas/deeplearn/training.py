@@ -379,7 +379,15 @@ class _State:
         self._fingerprint = json.dumps(dataclasses.asdict(settings) | {"examples": examples}, sort_keys=True)
 
     def finish_epoch(self, figures: dict[str, float], *, choose: bool) -> None:
-        """Note the figures of an epoch, and its weights if they are best."""
+        """Note the figures of an epoch, and its weights if they are best.
+
+        Parameters
+        ----------
+        figures
+            Figures of the epoch.
+        choose
+            Whether the best epoch is looked for; if not, it is the last.
+        """
         self.epoch += 1
         self.history.append({"epoch": self.epoch, **figures})
         monitor = self.settings.monitor
@@ -393,7 +401,13 @@ class _State:
         self.best_weights = {key: value.detach().clone() for key, value in self.network.state_dict().items()}
 
     def write(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all."""
+        """Write a checkpoint, whole or not at all.
+
+        Parameters
+        ----------
+        path
+            File to write.
+        """
         temporary = path.with_name(path.name + ".part")
         torch.save(
             {
@@ -410,7 +424,13 @@ class _State:
         temporary.replace(path)
 
     def read(self, path: Path) -> None:
-        """Read a checkpoint; nothing in it is run."""
+        """Read a checkpoint; nothing in it is run.
+
+        Parameters
+        ----------
+        path
+            File to read.
+        """
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if content["fingerprint"] != self._fingerprint:
             raise ValueError(

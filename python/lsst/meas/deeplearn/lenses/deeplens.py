@@ -153,7 +153,13 @@ class BottleneckUnit(nn.Module):
         self.project = nn.Conv2d(channels, outer, 1, stride) if stride > 1 or channels != outer else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output maps, shape ``(N, outer, y, x)``."""
+        """Return the output maps, shape ``(N, outer, y, x)``.
+
+        Parameters
+        ----------
+        x
+            Input maps, shape ``(N, channels, y, x)``.
+        """
         activated = x if self.norm is None else functional.elu(self.norm(x))
         shortcut = x if self.project is None else self.project(activated)
         y = functional.elu(self.reduce_norm(self.reduce(activated)))

@@ -255,8 +255,8 @@ def is_inside_polygon(x: Tensor, y: Tensor, polygon: Tensor) -> Tensor:
 def compute_sersic_b(sersic_index: Tensor) -> Tensor:
     """Return the constant b of the Sersic profile.
 
-    Ciotti & Bertin (1999), equation 18, which is accurate to 1e-6 for
-    indices above 0.5.
+    Ciotti & Bertin (1999), equation 18; half of the light is within the
+    half-light radius to 2e-5 for indices of 1 and more, 2e-4 for 0.5.
 
     Parameters
     ----------

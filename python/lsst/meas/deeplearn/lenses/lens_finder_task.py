@@ -79,7 +79,7 @@ CANDIDATE_COLUMNS: Mapping[str, tuple[str, u.UnitBase | None, str]] = {
     "flag_not_scored": (
         "?",
         None,
-        "The network, or RingFinder where there is none, gave no score; other flags say why",
+        "The first classifier gave no score; other flags say why",
     ),
     "flag_edge": ("?", None, "A part of the stamp, or all of it, is outside the patch"),
     "flag_masked": ("?", None, "Too many pixels of the stamp are unusable"),
@@ -441,9 +441,9 @@ class LensFinderTask(PipelineTask):
         limit = 1 + (self.config.maxResampling - 1 if self.config.doResample else SCALE_TOLERANCE)
         if not 1 / limit <= ratio <= limit:
             raise ModelPackageError(
-                f"Model {model.name} {model.version} needs pixels of {model.settings.pixel_scale:.3f} arcsec, "
-                f"but those of the coadd have {coadd.pixel_scale:.3f} arcsec.  Choose a model that was trained "
-                "for this survey, or set doResample or maxResampling."
+                f"Model {model.name} {model.version} needs pixels of {model.settings.pixel_scale:.3f} "
+                f"arcsec, but those of the coadd have {coadd.pixel_scale:.3f} arcsec.  Choose a model that "
+                "was trained for this survey, or set doResample or maxResampling."
             )
         if abs(ratio - 1) > SCALE_TOLERANCE:
             self.log.info(

@@ -68,9 +68,6 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 """Values of the column ``split``."""
 
-BLOCK_SIZE = 60.0
-"""Side in arcsec of the blocks of sky that go into one split as a whole."""
-
 EXAMPLE_COLUMNS: tuple[tuple[str, u.UnitBase | None, str], ...] = (
     ("label", None, "Whether there are lensed arcs in the stamp"),
     ("kind", None, "'lens', or the kind of non-lens"),
@@ -90,7 +87,13 @@ class SimulateLensesConnections(
     dimensions=("skymap", "tract", "patch"),
     defaultTemplates={"outputName": "lens"},
 ):
-    """Datasets that `SimulateLensesTask` reads and writes."""
+    """Datasets that `SimulateLensesTask` reads and writes.
+
+    Parameters
+    ----------
+    config
+        Configuration of the task.
+    """
 
     coadds = cT.Input(
         doc="Coadds of the patch, a band each, calibrated to flux densities, with PSF models.",
@@ -133,7 +136,13 @@ class SimulateLensesConnections(
         Mapping[str, tuple[cT.BaseInput, Collection[DatasetRef]]],
         Mapping[str, tuple[cT.Output, Collection[DatasetRef]]],
     ]:
-        """Keep the coadds of the configured bands, all of which must be."""
+        """Keep the coadds of the configured bands, all of which must be.
+
+        Parameters
+        ----------
+        inputs, outputs, label, data_id
+            As in `lsst.pipe.base.PipelineTaskConnections.adjustQuantum`.
+        """
         connection, refs = inputs["coadds"]
         kept = [ref for ref in refs if ref.dataId["band"] in self.config.bands]
         if missing := set(self.config.bands) - {ref.dataId["band"] for ref in kept}:
@@ -234,7 +243,7 @@ class SimulateLensesConfig(PipelineTaskConfig, pipelineConnections=SimulateLense
     )
     maxLenses = RangeField(dtype=int, doc="Largest number of lenses of a patch.", default=2000, min=1)
     minEinsteinRadius = RangeField(
-        dtype=float, doc="Smallest Einstein radius in arcsec.", default=0.6, min=0.1
+        dtype=float, doc="Smallest Einstein radius in arcsec.", default=0.7, min=0.1
     )
     maxEinsteinRadius = RangeField(
         dtype=float, doc="Largest Einstein radius in arcsec.", default=3.0, min=0.2
@@ -242,7 +251,7 @@ class SimulateLensesConfig(PipelineTaskConfig, pipelineConnections=SimulateLense
     minArcSnr = RangeField(
         dtype=float,
         doc="Smallest signal to noise of the arcs in the best band, as LensPop defines it.",
-        default=15.0,
+        default=20.0,
         min=0.0,
     )
     minMagnification = RangeField(
@@ -272,6 +281,12 @@ class SimulateLensesConfig(PipelineTaskConfig, pipelineConnections=SimulateLense
         default=0.15,
         min=0.0,
         max=1.0,
+    )
+    blockSize = RangeField(
+        dtype=float,
+        doc="Side in arcsec of the blocks of sky that go into one split as a whole.",
+        default=60.0,
+        min=1.0,
     )
     seed = Field[int](doc="Seed, to which that of the data ID is added.", default=0)
 
@@ -395,18 +410,20 @@ class SimulateLensesTask(PipelineTask):
             total = sum(kind.fraction for kind in self.config.nonLenses.values())
             for name, kind in sorted(self.config.nonLenses.items()):
                 number = round(self.config.nonLensRatio * len(lenses) * kind.fraction / total)
-                cutouts, table = host_cutouts, hosts
+                cutouts = host_cutouts
                 if kind.selection:
                     table = objects[select_objects(objects, kind.selection)]
+                    # Some of them will not be usable.
                     chosen = np.sort(rng.permutation(len(table))[: 2 * number])
-                    cutouts, table = self._extract(extractor, table[chosen])
-                parts.append(self._make_non_lenses(name, cutouts, table, number, kind.addCompanions, rng))
+                    cutouts, _ = self._extract(extractor, table[chosen])
+                parts.append(self._make_non_lenses(name, cutouts, number, kind.addCompanions, rng))
         examples = vstack(parts, metadata_conflicts="silent")
         examples["split"][:] = compute_split(
             np.asarray(examples["ra"]),
             np.asarray(examples["dec"]),
             validation=self.config.validationFraction,
             test=self.config.testFraction,
+            block_size=self.config.blockSize,
         )
         examples["seed"][:] = seed
         counts = {str(kind): int((examples["kind"] == kind).sum()) for kind in np.unique(examples["kind"])}
@@ -446,38 +463,44 @@ class SimulateLensesTask(PipelineTask):
 
     def _make_lenses(self, cutouts: Cutouts, hosts: Table, rng: np.random.Generator) -> Table:
         """Return the stamps of hosts with arcs on them."""
-        from .simulation import paint_lenses
+        from .simulation import choose_hosts, paint_lenses
 
-        index = rng.permutation(np.repeat(np.arange(len(hosts)), self.config.arcsPerHost))
+        lenses = self._draw_lenses(self.config.arcsPerHost * len(hosts), rng)
+        magnitudes = {band: self._compute_magnitudes(hosts, band) for band in self.config.bands}
+        chosen = choose_hosts(
+            lenses, magnitudes, seed=int(rng.integers(2**62)), max_lenses=self.config.arcsPerHost
+        )
+        lenses, chosen = lenses[chosen >= 0], chosen[chosen >= 0]
+        lenses = self._align(lenses, hosts[chosen], rng)
         parts: list[Table] = []
         # In chunks, to stop as soon as there are enough.
-        for chunk in np.array_split(index, max(len(index) // 500, 1)):
-            lenses = self._draw_lenses(hosts[chunk], rng)
-            painted, truth = paint_lenses(cutouts[chunk], lenses)
-            good = (truth["arc_snr"] >= self.config.minArcSnr) & (
-                truth["magnification"] >= self.config.minMagnification
-            )
-            good = np.asarray(good)
+        for rows in np.array_split(np.arange(len(lenses)), len(lenses) // 500 + 1):
+            painted, truth = paint_lenses(cutouts[chosen[rows]], lenses[rows])
+            bright = np.asarray(truth["arc_snr"] >= self.config.minArcSnr)
+            bright &= np.asarray(truth["magnification"] >= self.config.minMagnification)
             names = ("source_id", "einstein_radius", "magnification", "arc_snr")
-            columns = {name: np.asarray(truth[name])[good] for name in names}
-            parts.append(_make_examples(painted[good], label=True, kind="lens", **columns))
+            columns = {name: np.asarray(truth[name])[bright] for name in names}
+            parts.append(_make_examples(painted[bright], label=True, kind="lens", **columns))
             if sum(len(part) for part in parts) >= self.config.maxLenses:
                 break
         return vstack(parts, metadata_conflicts="silent")[: self.config.maxLenses]
 
-    def _draw_lenses(self, hosts: Table, rng: np.random.Generator) -> Table:
-        """Return a lens for each host that suits it."""
-        from .simulation import match_lenses_to_hosts, rotate_lenses, sample_lens_population
+    def _draw_lenses(self, n: int, rng: np.random.Generator) -> Table:
+        """Return lenses of the prior."""
+        from .simulation import sample_lens_population
 
-        population = sample_lens_population(
-            20 * len(hosts) + 2000,
+        return sample_lens_population(
+            n,
             seed=int(rng.integers(2**62)),
             bands=self.config.bands,
             min_einstein_radius=self.config.minEinsteinRadius,
             max_einstein_radius=self.config.maxEinsteinRadius,
         )
-        magnitudes = {band: self._compute_magnitudes(hosts, band) for band in self.config.bands}
-        lenses = match_lenses_to_hosts(population, magnitudes, seed=int(rng.integers(2**62)))
+
+    def _align(self, lenses: Table, hosts: Table, rng: np.random.Generator) -> Table:
+        """Return lenses turned as their hosts are."""
+        from .simulation import rotate_lenses
+
         if not self.config.momentColumns:
             return lenses
         # Mass follows light, within the scatter of lens models.
@@ -493,29 +516,33 @@ class SimulateLensesTask(PipelineTask):
         self,
         name: str,
         cutouts: Cutouts,
-        objects: Table,
         number: int,
         add_companions: bool,
         rng: np.random.Generator,
     ) -> Table:
         """Return stamps of one kind of non-lenses."""
-        chosen = np.sort(rng.permutation(len(cutouts))[:number])
-        if len(chosen) < number:
-            self.log.info("Only %d of %d non-lenses of kind %s are there.", len(chosen), number, name)
-        cutouts = cutouts[chosen]
-        if add_companions and len(chosen):
-            cutouts = self._add_companions(cutouts, objects[chosen], rng)
+        if add_companions:
+            # A galaxy can stand several times, with other companions.
+            chosen = np.sort(rng.integers(len(cutouts), size=number if len(cutouts) else 0))
+            cutouts = self._add_companions(cutouts[chosen], rng)
+        else:
+            chosen = np.sort(rng.permutation(len(cutouts))[:number])
+            cutouts = cutouts[chosen]
+        if len(cutouts) < number:
+            self.log.info("Only %d of %d non-lenses of kind %s are there.", len(cutouts), number, name)
         return _make_examples(cutouts, label=False, kind=name)
 
-    def _add_companions(self, cutouts: Cutouts, hosts: Table, rng: np.random.Generator) -> Cutouts:
+    def _add_companions(self, cutouts: Cutouts, rng: np.random.Generator) -> Cutouts:
         """Paint sources beside galaxies, without lensing."""
         from .simulation import paint_lenses
 
-        for chosen in (np.ones(len(hosts), dtype=bool), rng.random(len(hosts)) < 0.4):
+        if len(cutouts) == 0:
+            return cutouts
+        for chosen in (np.ones(len(cutouts), dtype=bool), rng.random(len(cutouts)) < 0.4):
             if not chosen.any():
                 continue
-            sources = self._draw_lenses(hosts[chosen], rng)
-            n = len(sources)
+            n = int(chosen.sum())
+            sources = self._draw_lenses(n, rng)
             radius = np.asarray(sources["einstein_radius"]) * rng.uniform(0.7, 1.8, n)
             phi = rng.uniform(0, 2 * np.pi, n)
             sources["source_x"], sources["source_y"] = radius * np.cos(phi), radius * np.sin(phi)
@@ -542,7 +569,9 @@ def compute_seed(*values: Any) -> int:
     return int.from_bytes(digest[:8], "big") >> 2
 
 
-def compute_split(ra: np.ndarray, dec: np.ndarray, *, validation: float, test: float) -> np.ndarray:
+def compute_split(
+    ra: np.ndarray, dec: np.ndarray, *, validation: float, test: float, block_size: float = 60.0
+) -> np.ndarray:
     """Return the split of positions: ``train``, ``validation`` or ``test``.
 
     Whole blocks of sky go into one split, so that a galaxy, its stamps in
@@ -555,10 +584,12 @@ def compute_split(ra: np.ndarray, dec: np.ndarray, *, validation: float, test: f
         ICRS coordinates in degrees.
     validation, test
         Fractions of the sky.
+    block_size
+        Side of the blocks in arcsec.
     """
-    row = np.floor(dec * 3600 / BLOCK_SIZE).astype(np.int64)
-    shrink = np.cos(np.radians((row + 0.5) * BLOCK_SIZE / 3600))
-    column = np.floor(ra * shrink * 3600 / BLOCK_SIZE).astype(np.int64)
+    row = np.floor(dec * 3600 / block_size).astype(np.int64)
+    shrink = np.cos(np.radians((row + 0.5) * block_size / 3600))
+    column = np.floor(ra * shrink * 3600 / block_size).astype(np.int64)
     blocks, inverse = np.unique(np.stack([row, column], axis=1), axis=0, return_inverse=True)
     place = np.array([compute_seed("split", *block) / 2**62 for block in blocks.tolist()])
     split = np.where(place < test, "test", np.where(place < test + validation, "validation", "train"))

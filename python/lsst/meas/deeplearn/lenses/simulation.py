@@ -29,10 +29,10 @@ along rows, angles counter-clockwise from the x axis.
 from __future__ import annotations
 
 __all__ = (
+    "choose_hosts",
     "compute_arc_snr",
     "compute_einstein_radius",
     "compute_flux",
-    "match_lenses_to_hosts",
     "paint_lenses",
     "render_arcs",
     "rotate_lenses",
@@ -171,6 +171,12 @@ def sample_lens_population(
         A row a lens.  The units and meaning of the columns are in their
         descriptions.
 
+    Raises
+    ------
+    ValueError
+        Raised for a band that is not one of these, or limits that hold no
+        lens.
+
     Notes
     -----
     These are simple functions fitted to the 13,126 lenses of the LensPop
@@ -205,12 +211,6 @@ def sample_lens_population(
     redshifts; Sersic index of the source, log-normal about 1 with scatter
     0.3, within 0.6 and 2.5 (LensPop has 1); half of the sources have one to
     four knots with a tenth to half of the light.
-
-    Raises
-    ------
-    ValueError
-        Raised for a band that is not one of these, or limits that hold no
-        lens.
     """
     if unknown := set(bands) - set("grizy"):
         raise ValueError(f"The prior has magnitudes in g, r, i, z and y, not {sorted(unknown)}.")
@@ -351,52 +351,60 @@ def _add_source_positions(table: Table, rng: np.random.Generator, shrink: float)
     _add(table, "source_y", position[:, 1], u.arcsec, "Position of the source relative to the lens, along y")
 
 
-def match_lenses_to_hosts(
-    population: Table, magnitudes: Mapping[str, np.ndarray], *, seed: int, neighbors: int = 20
-) -> Table:
-    """Choose for each host galaxy a lens whose deflector looks like it.
+def choose_hosts(
+    population: Table,
+    magnitudes: Mapping[str, np.ndarray],
+    *,
+    seed: int,
+    max_lenses: int,
+    neighbors: int = 8,
+) -> np.ndarray:
+    """Choose for each lens a galaxy that looks like its deflector.
 
-    The lens is one of those nearest in magnitude and colours, so that its
-    velocity dispersion and Einstein radius suit the galaxy.
+    It is one of those nearest in magnitude and colours, so that the lenses
+    keep the distribution of the prior as far as the galaxies allow.
 
     Parameters
     ----------
     population
-        Lenses of `sample_lens_population`, many more than hosts.
+        Lenses of `sample_lens_population`.
     magnitudes
-        AB magnitudes of the hosts by band, each of shape ``(N,)``; at least
-        the bands of ``population`` that are there are compared.
+        AB magnitudes of the galaxies by band, each of shape ``(N,)``; the
+        bands that ``population`` has too are compared.
     seed
         Seed of the choice.
+    max_lenses
+        Largest number of lenses on one galaxy.
     neighbors
-        Number of nearest lenses to choose from.
+        Number of nearest galaxies to choose from.
 
     Returns
     -------
-    matched
-        A lens for each host.  No two rows have the same ``source_id``
-        unless the population is too small to allow it.
+    hosts
+        Row of a galaxy for each lens, or -1 where all that are near have
+        their lenses already.
 
     Raises
     ------
     ValueError
-        Raised if population and hosts share no two bands.
+        Raised if lenses and galaxies share no two bands.
     """
     bands = [band for band in "grizy" if band in magnitudes and f"lens_mag_{band}" in population.colnames]
     if len(bands) < 2:
-        raise ValueError(f"Matching needs two common bands; hosts have {sorted(magnitudes)}.")
+        raise ValueError(f"Choosing hosts needs two bands that lenses have; they have {sorted(magnitudes)}.")
     lens = _make_color_features({band: np.asarray(population[f"lens_mag_{band}"]) for band in bands})
     host = _make_color_features({band: np.asarray(magnitudes[band], dtype=np.float64) for band in bands})
-    neighbors = min(neighbors, len(population))
-    _, index = cKDTree(lens).query(host, k=neighbors)
-    index = index.reshape(len(host), neighbors)
-    rng = np.random.default_rng(seed)
-    used: set[int] = set()
-    chosen = np.zeros(len(host), dtype=np.int64)
-    for k, row in enumerate(rng.permuted(index, axis=1)):
-        chosen[k] = next((i for i in row if i not in used), row[0])
-        used.add(int(chosen[k]))
-    return population[chosen]
+    neighbors = min(neighbors, len(host))
+    _, index = cKDTree(host).query(lens, k=neighbors)
+    index = np.random.default_rng(seed).permuted(index.reshape(len(lens), neighbors), axis=1)
+    used = np.zeros(len(host), dtype=np.int64)
+    chosen = np.full(len(lens), -1)
+    for k, row in enumerate(index):
+        free = row[used[row] < max_lenses]
+        if len(free):
+            chosen[k] = free[0]
+            used[free[0]] += 1
+    return chosen
 
 
 def _make_color_features(magnitudes: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -404,7 +412,7 @@ def _make_color_features(magnitudes: Mapping[str, np.ndarray]) -> np.ndarray:
     bands = list(magnitudes)
     reference = magnitudes["i" if "i" in magnitudes else bands[-1]]
     colors = [magnitudes[a] - magnitudes[b] for a, b in zip(bands, bands[1:], strict=False)]
-    features = np.stack([reference / 0.3, *(color / 0.15 for color in colors)], axis=1)
+    features = np.stack([reference / 0.5, *(color / 0.3 for color in colors)], axis=1)
     return np.nan_to_num(features, nan=1e3, posinf=1e3, neginf=-1e3)
 
 
@@ -472,6 +480,12 @@ def render_arcs(
     arcs
         Flux of each pixel in nJy, float32, shape ``(N, B, size, size)``.
 
+    Raises
+    ------
+    ValueError
+        Raised for an odd or small ``oversample``, or a PSF that is not
+        finite or has the wrong shape.
+
     Notes
     -----
     Rays are cast to six pixels beyond the stamp.  PSF kernels are taken as
@@ -481,12 +495,6 @@ def render_arcs(
     What remains is the finite number of rays: with 4 a side, half of the
     stamps of the prior are within 0.3 per cent of their peak, and nine tenths
     within 2 per cent (8 a side: 0.05 and 0.4 per cent).
-
-    Raises
-    ------
-    ValueError
-        Raised for an odd or small ``oversample``, or a PSF that is not
-        finite or has the wrong shape.
     """
     return _render(population, bands, pixel_scale, size, psf, oversample, batch_size, device)[0]
 

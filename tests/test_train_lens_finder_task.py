@@ -1,0 +1,355 @@
+# This file is part of meas_deeplearn.
+#
+# Developed for the LSST Data Management System.
+# This product includes software developed by the LSST Project
+# (https://www.lsst.org).
+# See the COPYRIGHT file at the top-level directory of this distribution
+# for details of code ownership.
+#
+# This program is free software: you can redistribute it and/or modify
+# it under the terms of the GNU General Public License as published by
+# the Free Software Foundation, either version 3 of the License, or
+# (at your option) any later version.
+#
+# This program is distributed in the hope that it will be useful,
+# but WITHOUT ANY WARRANTY; without even the implied warranty of
+# MERCHANTABILITY or FITNESS FOR A PARTICULAR PURPOSE.  See the
+# GNU General Public License for more details.
+#
+# You should have received a copy of the GNU General Public License
+# along with this program.  If not, see <https://www.gnu.org/licenses/>.
+
+
+"""Tests of the tasks that simulate lenses and train on them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from astropy.table import Table, vstack
+
+from lsst.daf.butler import Butler
+from lsst.meas.deeplearn.coadds import MultibandCoadd
+from lsst.meas.deeplearn.cutouts import Cutouts
+from lsst.meas.deeplearn.detection import detect_objects
+from lsst.meas.deeplearn.lenses.simulate_lenses_task import (
+    EXAMPLE_COLUMNS,
+    NonLensConfig,
+    SimulateLensesConfig,
+    SimulateLensesTask,
+    compute_seed,
+    compute_split,
+)
+from lsst.meas.deeplearn.lenses.train_lens_finder_task import (
+    TrainingSetError,
+    TrainLensFinderConfig,
+    TrainLensFinderTask,
+)
+from lsst.meas.deeplearn.model_package import ModelPackage
+from lsst.meas.deeplearn.tests import make_test_coadds, make_test_repository
+from lsst.pex.config import FieldValidationError
+from lsst.pipe.base import NoWorkFound, Pipeline
+from lsst.pipe.base.simple_pipeline_executor import SimplePipelineExecutor
+
+PIPELINE = str(Path(__file__).parents[1] / "pipelines" / "train_lens_finder.yaml")
+
+SIMULATION = {
+    # The objects of the test coadds are stars.
+    "hostSelection": ["i_psfFlux > 100"],
+    "stampSize": 25,
+    "psfSize": 15,
+    "arcsPerHost": 2,
+    "minArcSnr": 2.0,
+    "nonLensRatio": 1.0,
+    "validationFraction": 0.3,
+    "testFraction": 0.3,
+    "blockSize": 8.0,
+}
+"""Configuration of a small simulation."""
+
+TRAINING = {
+    "stampSize": 21,
+    "network": {"width": 0.25, "blocks": 1},
+    "epochs": 2,
+    "batchSize": 8,
+    "augmentation.maxShift": 2,
+    "date": "2026-11-23",
+}
+"""Configuration of a small training."""
+
+
+def make_simulation_config(**values: Any) -> SimulateLensesConfig:
+    """Make the configuration of a small simulation."""
+    config = SimulateLensesConfig()
+    config.update(**(SIMULATION | values))
+    config.nonLenses = {
+        "host": NonLensConfig(fraction=0.6),
+        "companion": NonLensConfig(fraction=0.2, addCompanions=True),
+        "any": NonLensConfig(fraction=0.2, selection=["i_psfFlux > 0"]),
+    }
+    return config
+
+
+def make_training_config(**values: Any) -> TrainLensFinderConfig:
+    """Make the configuration of a small training."""
+    config = TrainLensFinderConfig()
+    for name, value in (TRAINING | values).items():
+        target = config.augmentation if name.startswith("augmentation.") else config
+        setattr(target, name.removeprefix("augmentation."), value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def patch() -> tuple[MultibandCoadd, Table]:
+    """Return a coadd with 40 stars, and its objects."""
+    rng = np.random.default_rng(3)
+    x, y = rng.uniform(20, 280, (2, 40))
+    sources = np.stack([x + 600, y + 1200, np.full(40, 2000.0)], axis=1)
+    coadd = MultibandCoadd.from_coadds(make_test_coadds("gri", sources=sources))
+    return coadd, detect_objects(coadd, tract=0, patch=0)
+
+
+@pytest.fixture(scope="module")
+def examples(patch: tuple[MultibandCoadd, Table]) -> Table:
+    """Return simulated examples."""
+    return SimulateLensesTask(config=make_simulation_config()).run(*patch, seed=5).examples
+
+
+def test_examples_say_what_they_are(examples: Table) -> None:
+    """Lenses have their truth, non-lenses have none."""
+    assert {name for name, _, _ in EXAMPLE_COLUMNS} <= set(examples.colnames)
+    lens = np.asarray(examples["label"])
+    assert (np.asarray(examples["kind"] == "lens") == lens).all()
+    for name in ("einstein_radius", "magnification", "arc_snr"):
+        assert np.isfinite(examples[name][lens]).all()
+        assert np.isnan(examples[name][~lens]).all()
+    assert (examples["arc_snr"][lens] >= 2.0).all()
+    assert (examples["magnification"][lens] >= 3.0).all()
+    assert len(np.unique(examples["source_id"][lens])) == lens.sum()
+    assert (examples["seed"] == 5).all()
+    assert set(np.unique(examples["kind"])) == {"lens", "host", "companion", "any"}
+    assert 0.7 < (~lens).sum() / lens.sum() <= 1.05
+
+
+def test_paired_stamps_differ_by_the_arcs_only(examples: Table) -> None:
+    """A host with and without arcs has the same noise, masks and PSF."""
+    cutouts = Cutouts.from_table(examples)
+    pairs = 0
+    for host in np.flatnonzero(examples["kind"] == "host"):
+        same = (examples["kind"] == "lens") & (examples["host_id"] == examples["host_id"][host])
+        for lens in np.flatnonzero(same):
+            arcs = cutouts.image[lens] - cutouts.image[host]
+            assert arcs.min() > -0.02 * arcs.max()
+            assert arcs.sum() > 0
+            for name in ("variance", "bad", "psf"):
+                np.testing.assert_array_equal(getattr(cutouts, name)[lens], getattr(cutouts, name)[host])
+            assert examples["split"][lens] == examples["split"][host]
+            pairs += 1
+    assert pairs > 3
+
+
+def test_companions_are_added_light(examples: Table, patch: tuple[MultibandCoadd, Table]) -> None:
+    """Companions are on the stamps, and change nothing but pixels."""
+    companions = examples[examples["kind"] == "companion"]
+    hosts = {host["host_id"]: host["image"] for host in examples[examples["kind"] == "host"]}
+    both = [row for row in companions if row["host_id"] in hosts]
+    assert len(both) > 0
+    for row in both:
+        assert (row["image"] - hosts[row["host_id"]]).sum() > 0
+
+
+def test_splits_do_not_leak(examples: Table) -> None:
+    """No galaxy and no source is in two splits."""
+    for name in ("host_id", "source_id"):
+        seen: dict[int, str] = {}
+        for value, split in zip(examples[name], examples["split"], strict=True):
+            assert value == -1 or seen.setdefault(value, split) == split
+
+
+def test_split_goes_by_the_sky() -> None:
+    """Neighbours share a split, fractions are those asked for."""
+    rng = np.random.default_rng(0)
+    ra, dec = rng.uniform(150, 152, 20_000), rng.uniform(-30, -28, 20_000)
+    split = compute_split(ra, dec, validation=0.2, test=0.1)
+    assert (split == "validation").mean() == pytest.approx(0.2, abs=0.02)
+    assert (split == "test").mean() == pytest.approx(0.1, abs=0.02)
+    moved = compute_split(ra, dec + 1 / 3600, validation=0.2, test=0.1)
+    assert (moved == split).mean() > 0.97
+
+
+def test_seed_fixes_the_simulation(patch: tuple[MultibandCoadd, Table], examples: Table) -> None:
+    """The same seed gives the same examples, another seed others."""
+    task = SimulateLensesTask(config=make_simulation_config())
+    again = task.run(*patch, seed=5).examples
+    for name in ("image", "host_id", "source_id", "split"):
+        np.testing.assert_array_equal(again[name], examples[name])
+    other = task.run(*patch, seed=6).examples
+    assert not set(other["source_id"][other["label"]]) & set(examples["source_id"])
+
+
+def test_seeds_differ_between_patches() -> None:
+    """Seeds come from the data ID and the configuration."""
+    seeds = {
+        compute_seed("sky", tract, patch, seed) for tract in (1, 2) for patch in (1, 2) for seed in (0, 1)
+    }
+    assert len(seeds) == 8
+    assert compute_seed("sky", 1, 2, 0) == compute_seed("sky", 1, 2, 0)
+
+
+def test_patch_without_hosts_has_no_work(patch: tuple[MultibandCoadd, Table]) -> None:
+    """Without galaxies to paint on, or bright arcs, there is no work."""
+    coadd, objects = patch
+    task = SimulateLensesTask(config=make_simulation_config(hostSelection=["i_psfFlux > 1e9"]))
+    with pytest.raises(NoWorkFound, match="hostSelection"):
+        task.run(coadd, objects)
+    with pytest.raises(NoWorkFound, match="hostSelection"):
+        SimulateLensesTask(config=make_simulation_config()).run(coadd, objects[:0])
+    task = SimulateLensesTask(config=make_simulation_config(minArcSnr=1e6))
+    with pytest.raises(NoWorkFound, match="signal to noise"):
+        task.run(coadd, objects)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"stampSize": 24}, {"momentColumns": ["xx"]}, {"testFraction": 0.9}, {"hostSelection": ["import os"]}],
+)
+def test_bad_configuration_is_refused(values: dict[str, Any]) -> None:
+    """Settings that cannot work are refused before anything runs."""
+    with pytest.raises(FieldValidationError):
+        make_simulation_config(**values).validate()
+
+
+@pytest.fixture(scope="module")
+def model(examples: Table) -> ModelPackage:
+    """Return a small model trained on the examples."""
+    return TrainLensFinderTask(config=make_training_config()).run([examples]).model
+
+
+def test_model_has_its_record(model: ModelPackage, examples: Table) -> None:
+    """The package tells data, recipe, performance, code and date."""
+    record = model.record
+    counts = record["training_set"]["counts"]
+    assert sum(sum(kinds.values()) for kinds in counts.values()) == len(examples)
+    assert record["training_set"]["seeds"] == [5]
+    assert record["recipe"]["epochs"] == 2
+    assert record["recipe"]["augmentation"]["maxShift"] == 2
+    assert len(record["history"]) == 2
+    assert record["date"] == "2026-11-23"
+    assert {"meas_deeplearn", "torch"} <= set(record["code"])
+    performance = record["performance"]
+    assert performance["all"]["n_lenses"] == counts["test"]["lens"]
+    assert 0 <= performance["all"]["auroc"] <= 1
+    assert performance["orientations"] == 8
+    assert model.settings.bands == ("g", "r", "i")
+    assert model.settings.stamp_size == 21
+    assert ModelPackage.from_bytes(model.to_bytes()).record == record
+
+
+def test_training_repeats(model: ModelPackage, examples: Table) -> None:
+    """The same examples and seed give the same weights and record."""
+    again = TrainLensFinderTask(config=make_training_config()).run([examples]).model
+    assert again.digest == model.digest
+    assert again.record == model.record
+    other = TrainLensFinderTask(config=make_training_config(seed=1)).run([examples]).model
+    assert other.digest != model.digest
+
+
+def test_weights_are_stored_in_half_precision(model: ModelPackage) -> None:
+    """Weights take two bytes, and the network runs with them."""
+    kinds = {array.dtype for array in model.weights.values()}
+    assert kinds == {np.dtype(np.float16), np.dtype(np.int64)}
+    assert model.make_network()
+
+
+def test_killed_training_goes_on(examples: Table, model: ModelPackage, tmp_path: Path) -> None:
+    """A checkpoint is kept, and a rerun from it gives the same weights."""
+    config = make_training_config(checkpoint=str(tmp_path / "state.pt"))
+    assert TrainLensFinderTask(config=config).run([examples]).model.digest == model.digest
+    assert (tmp_path / "state.pt").exists()
+    assert TrainLensFinderTask(config=config).run([examples]).model.digest == model.digest
+
+
+def test_one_class_is_refused(examples: Table) -> None:
+    """A split with lenses only cannot be trained on."""
+    with pytest.raises(TrainingSetError, match="and 0 non-lenses; both are needed"):
+        TrainLensFinderTask(config=make_training_config()).run([examples[examples["label"]]])
+
+
+def test_missing_band_is_refused(examples: Table) -> None:
+    """A model cannot have bands that the stamps lack."""
+    with pytest.raises(TrainingSetError, match="z"):
+        TrainLensFinderTask(config=make_training_config(bands=["g", "z"])).run([examples])
+
+
+def test_small_stamps_are_refused(examples: Table) -> None:
+    """Stamps must hold those of the network with their shifts."""
+    with pytest.raises(TrainingSetError, match="25 pixels on a side; 23 and shifts of 2 need 27"):
+        TrainLensFinderTask(config=make_training_config(stampSize=23)).run([examples])
+
+
+def test_other_pixel_scale_is_refused(examples: Table) -> None:
+    """Stamps with other pixels than the model's are refused."""
+    with pytest.raises(TrainingSetError, match=r"0\.200 arcsec"):
+        TrainLensFinderTask(config=make_training_config(pixelScale=0.17)).run([examples])
+    other = examples.copy()
+    other["pixel_scale"] = 0.17
+    with pytest.raises(TrainingSetError, match="pixel"):
+        TrainLensFinderTask(config=make_training_config()).run([vstack([examples, other])])
+
+
+def test_nan_pixels_are_refused(examples: Table) -> None:
+    """A good pixel that is NaN is an error; a bad one is not."""
+    spoilt = examples.copy()
+    spoilt["image"][2, 0, 12, 12] = np.nan
+    with pytest.raises(TrainingSetError, match="1 stamps have good pixels"):
+        TrainLensFinderTask(config=make_training_config()).run([spoilt])
+
+
+def test_no_examples_are_refused(examples: Table) -> None:
+    """An empty training set is refused."""
+    with pytest.raises(TrainingSetError, match="empty"):
+        TrainLensFinderTask(config=make_training_config()).run([])
+    with pytest.raises(TrainingSetError, match="no columns"):
+        TrainLensFinderTask(config=make_training_config()).run([examples["ids", "image"]])
+
+
+def test_pipeline_trains_in_a_repository(tmp_path: Path) -> None:
+    """The pipeline makes a model that the repository holds by its name."""
+    make_test_repository(tmp_path / "repo", n_patches=(1, 2), inner_cells=(3, 3), n_sources=120)
+    butler = SimplePipelineExecutor.prep_butler(
+        str(tmp_path / "repo"), inputs=["test/coadds"], output="u/test/training"
+    )
+    pipeline = Pipeline.from_uri(PIPELINE)
+    for name, value in SIMULATION.items():
+        pipeline.addConfigOverride("simulateLenses", name, value)
+    pipeline.addConfigPython(
+        "simulateLenses", "for kind in ('galaxy', 'blue', 'star'): del config.nonLenses[kind]"
+    )
+    for name, value in TRAINING.items():
+        pipeline.addConfigOverride("trainLensFinder", name, value)
+    executor = SimplePipelineExecutor.from_pipeline(pipeline, butler=butler)
+    quanta = executor.run(register_dataset_types=True)
+    assert [quantum.taskName.rpartition(".")[2] for quantum in quanta].count("TrainLensFinderTask") == 1
+    with Butler.from_config(str(tmp_path / "repo"), collections="u/test/training") as reader:
+        package = ModelPackage.from_arrow(reader.get("deeplens_model"))
+        seeds = [
+            reader.get("lens_training_cutouts", skymap="test", tract=0, patch=k)["seed"][0] for k in (0, 1)
+        ]
+    assert package.name == "deeplens_gri"
+    assert package.record["training_set"]["seeds"] == sorted(seeds)
+
+
+def test_building_the_pipeline_loads_no_torch() -> None:
+    """Tasks are imported and the pipeline is built without torch."""
+    code = (
+        "import sys\n"
+        "from lsst.pipe.base import Pipeline\n"
+        f"Pipeline.from_uri({PIPELINE!r}).to_graph()\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
