@@ -50,6 +50,7 @@ from lsst.utils.threads import disable_implicit_threading
 
 from .coadds import MultibandCoadd
 from .detection import detect_objects, select_primary
+from .model_package import ModelPackage, ingest_model
 from .repository import CellSkyMap, make_cell_coadd, register_dataset_types, register_sky_map
 from .scene import (
     AB_ZERO_POINT,
@@ -654,14 +655,9 @@ def _write_truth(butler: Butler, scene: Scene, snr: np.ndarray) -> None:
 
 
 def _ingest_shipped_models(butler: Butler) -> list[str]:
-    """Put the model packages of this package into a repository; return runs."""
-    from .model_package import ModelPackage, ingest_model
-
-    names = []
-    for path in sorted((Path(__file__).parent / "resources" / "models").glob("*.safetensors")):
-        package = ModelPackage.read(path)
-        names.append(ingest_model(butler, package).run)
-    return names
+    """Put the models of this package into a repository; return the runs."""
+    paths = sorted((Path(__file__).parent / "resources" / "models").glob("*.safetensors"))
+    return [ingest_model(butler, ModelPackage.read(path)).run for path in paths]
 
 
 @contextlib.contextmanager
