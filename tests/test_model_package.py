@@ -94,7 +94,7 @@ def _make_package(**kwargs: Any) -> ModelPackage:
             network={"channels": 2},
         ),
         "weights": {key: value.numpy() for key, value in network.state_dict().items()},
-        "record": {"seed": 4, "trained_on": "noise", "performance": {"auc": 0.5}},
+        "record": {"seed": 4, "trained_on": "noise", "performance": {"auc": 0.5, "summary": "AUROC 0.5"}},
     }
     return ModelPackage(**(arguments | kwargs))
 
@@ -184,7 +184,7 @@ def test_models_are_listed(butler: Butler) -> None:
     table = list_models(butler)
     assert sorted(table["version"]) == ["v3", "v4"]
     assert set(table["bands"]) == {"g,r,i"}
-    assert set(table["performance"]) == {"auc 0.5"}
+    assert set(table["performance"]) == {"AUROC 0.5"}
     assert len(list_models(butler, "models/*/v4")) == 1
     assert len(list_models(butler, "nothing*")) == 0
 

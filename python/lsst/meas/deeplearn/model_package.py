@@ -155,7 +155,8 @@ class ModelPackage:
 
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """How, on what and when the network was trained, its measured
-    performance, seeds and code version; types that JSON has."""
+    ``performance`` (whose ``summary`` is a line of text), seeds and code
+    version; types that JSON has."""
 
     @property
     def digest(self) -> str:
@@ -406,7 +407,7 @@ def list_models(butler: Butler, collections: str = "*") -> Table:
                     "bands": ",".join(settings.bands),
                     "pixel_scale": settings.pixel_scale,
                     "stamp_size": settings.stamp_size,
-                    "performance": ", ".join(f"{key} {value}" for key, value in performance.items()),
+                    "performance": performance.get("summary", "not measured"),
                 }
             )
     return Table(rows)

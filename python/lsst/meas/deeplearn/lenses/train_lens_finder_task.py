@@ -397,7 +397,8 @@ class TrainLensFinderTask(PipelineTask):
         figures["fraction_above_by_kind"] = {
             str(kind): float((logits[test.kind == kind] > threshold).mean()) for kind in np.unique(test.kind)
         }
-        self.log.info("On the test examples: %s.", figures["all"])
+        figures["summary"] = summarize(figures["all"])
+        self.log.info("On the test examples: %s.", figures["summary"])
         return figures
 
     def _describe_recipe(self) -> dict[str, Any]:
@@ -522,6 +523,22 @@ class TrainingSet:
         }
         hosts = {split: len(np.unique(self.host_id[self.split == split])) for split in SPLITS}
         return {"counts": counts, "distinct_galaxies": hosts, "seeds": [int(s) for s in np.unique(self.seed)]}
+
+
+def summarize(figures: Mapping[str, Any]) -> str:
+    """Return the figures of merit of `.metrics.describe_scores` in words.
+
+    Parameters
+    ----------
+    figures
+        Those of one set of examples.
+    """
+    rates = {key: value for key, value in figures.items() if key.startswith("tpr_at_fpr_")}
+    return ", ".join(
+        [f"AUROC {figures['auroc']:.4f}"]
+        + [f"TPR {value[0]:.3f} at FPR {key.removeprefix('tpr_at_fpr_')}" for key, value in rates.items()]
+        + [f"{figures['n_lenses']} lenses and {figures['n_non_lenses']} others of the same simulation"]
+    )
 
 
 def make_network(architecture: str, settings: ModelSettings) -> torch.nn.Module:
