@@ -239,3 +239,16 @@ def test_select_primary_keeps_each_object_once(tmp_path: Path) -> None:
         .dtype.kind
         in "UO"
     )
+
+
+def test_position_angle_of_a_right_angle() -> None:
+    """A bar along the y axis, whose angle is pi / 2 rounded up, is measured.
+
+    Single precision rounds pi / 2 up, and sep refuses ellipses beyond it.
+    """
+    coadds = make_test_coadds(noise=0.0)
+    for coadd in coadds.values():
+        coadd.image.array[140:161, 149:152] = 1000.0
+    table = detect_objects(MultibandCoadd.from_coadds(coadds), tract=0, patch=0)
+    assert len(table) == 1
+    assert np.isfinite(table["i_cModelFlux"]).all()

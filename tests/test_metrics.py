@@ -165,6 +165,23 @@ def test_auroc_error_is_the_scatter() -> None:
     assert np.mean(errors) == pytest.approx(np.std(areas), rel=0.12)
 
 
+def test_auroc_interval() -> None:
+    """Classes that are apart leave room for doubt, and few examples more."""
+    scores, labels = make_scores()
+    found, (auroc, error) = (
+        metrics.compute_auroc_interval(scores, labels),
+        metrics.compute_auroc(scores, labels),
+    )
+    assert (found.value, found.low) == (auroc, pytest.approx(auroc - 1.96 * error, abs=1e-4))
+    apart = metrics.compute_auroc_interval(np.arange(30.0), np.arange(30) >= 20)
+    assert (apart.value, apart.high) == (1.0, 1.0)
+    assert apart.low == Fraction.from_counts(10, 10).low
+    assert metrics.compute_auroc_interval(-np.arange(30.0), np.arange(30) >= 20).high < 0.3
+    one = metrics.compute_auroc_interval(np.array([1.0, 0.0, 2.0]), np.array([True, False, False]))
+    assert one.value == 0.5
+    assert math.isnan(one.low)
+
+
 def test_auroc_difference() -> None:
     """Classifiers that share their noise differ by less than their errors."""
     rng = np.random.default_rng(3)

@@ -333,7 +333,9 @@ def find_footprints(
     )
     mean = np.where(no_data, 0.0, weighted / np.where(no_data, 1.0, weight)).astype(np.float32)
     shape = {name: np.asarray(objects[name], dtype=np.float64) for name in ("x", "y", "a", "b", "theta")}
-    shape["a"], shape["b"] = np.maximum(shape["a"], 0.5), np.maximum(shape["b"], 0.5)
+    shape["a"], shape["b"] = np.fmax(shape["a"], 0.5), np.fmax(shape["b"], 0.5)
+    # In single precision a right angle is more than sep takes for one.
+    shape["theta"] = np.clip(np.nan_to_num(shape["theta"]), -np.pi / 2, np.pi / 2)
     aperture = _compute_aperture(mean, no_data, segments, **shape)
     return Footprints(
         **shape, aperture=aperture, blended=(objects["flag"] & sep.OBJ_MERGED) > 0, segments=segments

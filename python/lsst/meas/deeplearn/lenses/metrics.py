@@ -39,6 +39,7 @@ __all__ = (
     "check_scores",
     "compute_auroc",
     "compute_auroc_difference",
+    "compute_auroc_interval",
     "compute_completeness_map",
     "compute_operating_point",
     "compute_probe_auroc",
@@ -135,7 +136,9 @@ def compute_wilson_interval(k: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, n
     k, n = np.asarray(k, dtype=np.float64), np.where(np.asarray(n) > 0, n, np.nan)
     center = (k + z**2 / 2) / (n + z**2)
     half = z / (n + z**2) * np.sqrt(k * (n - k) / n + z**2 / 4)
-    return np.clip(center - half, 0.0, 1.0), np.clip(center + half, 0.0, 1.0)
+    # Rounding leaves something of 0 and 1.
+    low, high = np.where(k == 0, 0.0, center - half), np.where(k == n, 1.0, center + half)
+    return np.where(np.isnan(n), np.nan, low), np.where(np.isnan(n), np.nan, high)
 
 
 # The ROC curve
@@ -245,6 +248,35 @@ def compute_auroc(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]
         return float(positive.mean()), math.nan
     variance = positive.var(ddof=1) / len(positive) + negative.var(ddof=1) / len(negative)
     return float(positive.mean()), math.sqrt(variance)
+
+
+def compute_auroc_interval(scores: np.ndarray, labels: np.ndarray) -> Fraction:
+    """Return the area under the ROC curve and its confidence interval.
+
+    Parameters
+    ----------
+    scores
+        Scores, shape ``(N,)``.
+    labels
+        Whether an example is positive, shape ``(N,)``.
+
+    Returns
+    -------
+    auroc
+        The interval is normal, cut off at 0 and 1; where the classes are
+        apart, it is that of Wilson for as many trials as the smaller class
+        has members.  NaN if either class is empty, and ends of NaN if one has
+        a single member.
+    """
+    labels = np.asarray(labels, dtype=bool)
+    auroc, error = compute_auroc(scores, labels)
+    smaller = int(min(labels.sum(), (~labels).sum()))
+    if auroc in (0.0, 1.0):
+        return Fraction.from_counts(round(auroc * smaller), smaller)
+    half = float(norm.ppf(0.5 + CONFIDENCE / 2)) * error
+    if math.isnan(half):
+        return Fraction(auroc, math.nan, math.nan, smaller)
+    return Fraction(auroc, max(auroc - half, 0.0), min(auroc + half, 1.0), smaller)
 
 
 def compute_auroc_difference(
@@ -695,8 +727,9 @@ def compute_probe_auroc(
     Returns
     -------
     auroc, error
-        Mean over the folds and its standard error by that of each.  NaN if
-        no fold has both samples on either side.
+        Mean over the folds and its standard error, the larger of what those
+        of the folds and the scatter between them say.  NaN if no fold has
+        both samples on either side.
 
     Raises
     ------
@@ -719,7 +752,10 @@ def compute_probe_auroc(
         errors.append(error)
     if not areas:
         return math.nan, math.nan
-    return float(np.mean(areas)), float(np.sqrt(np.sum(np.square(errors))) / len(errors))
+    error = math.sqrt(np.sum(np.square(errors))) / len(errors)
+    # Examples of one group are not independent.
+    scatter = float(np.std(areas, ddof=1)) / math.sqrt(len(areas)) if len(areas) > 1 else 0.0
+    return float(np.mean(areas)), max(error, scatter)
 
 
 # The summary of the training
