@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 from astropy.table import Table
 
-from lsst.meas.deeplearn.lenses.truth import count_recovered, match_truth
+from lsst.meas.deeplearn.lenses.truth import count_recovered, describe_recovery, match_truth
 
 
 @pytest.fixture
@@ -79,3 +79,16 @@ def test_unscored_candidates_do_not_count(candidates: Table, truth: Table) -> No
     """A lens without a score is not recovered."""
     candidates["score"][0] = np.nan
     assert count_recovered(candidates, truth, n_first=50).n_recovered["score"] == 1
+
+
+def test_description(candidates: Table, truth: Table) -> None:
+    """The text names the lenses among the best, and only what has run."""
+    candidates["rank"] = np.arange(len(candidates)) + 1
+    candidates["objectId"] = np.arange(len(candidates))
+    candidates["coord_dec"][:] = 0.0
+    candidates["ringfinder_snr"][:] = np.nan
+    text = describe_recovery(candidates, truth, n_best=3)
+    assert text.count("lens, Einstein radius 1.50") == 1
+    assert text.count("not a lens") == 2
+    assert "by DeepLens" in text
+    assert "RingFinder" not in text

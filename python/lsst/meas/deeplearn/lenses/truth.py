@@ -144,8 +144,9 @@ def describe_recovery(candidates: Table, truth: Table, *, n_best: int = 10, n_fi
         f'lens, Einstein radius {truth["einstein_radius"][row]:.2f}"' if row >= 0 else "not a lens"
         for row in lens
     ]
-    counts = count_recovered(candidates, truth, n_first=n_first)
     names = {"score": "DeepLens", "ringfinder_snr": "RingFinder"}
+    ran = tuple(column for column in names if np.isfinite(candidates[column]).any())
+    counts = count_recovered(candidates, truth, columns=ran, n_first=n_first)
     lines = [
         f"The {len(best)} best of {len(candidates)} candidates:",
         *table.pformat(max_lines=-1, max_width=-1),
