@@ -1,0 +1,133 @@
+# This file is part of meas_deeplearn.
+#
+# Developed for the LSST Data Management System.
+# This product includes software developed by the LSST Project
+# (https://www.lsst.org).
+# See the COPYRIGHT file at the top-level directory of this distribution
+# for details of code ownership.
+#
+# This program is free software: you can redistribute it and/or modify
+# it under the terms of the GNU General Public License as published by
+# the Free Software Foundation, either version 3 of the License, or
+# (at your option) any later version.
+#
+# This program is distributed in the hope that it will be useful,
+# but WITHOUT ANY WARRANTY; without even the implied warranty of
+# MERCHANTABILITY or FITNESS FOR A PARTICULAR PURPOSE.  See the
+# GNU General Public License for more details.
+#
+# You should have received a copy of the GNU General Public License
+# along with this program.  If not, see <https://www.gnu.org/licenses/>.
+
+"""Stamps per second and core of shear estimators, in one run.
+
+Run as ``python benchmarks/measure_shear.py``; see ``--help``.  The reference
+is metacalibration as a loop over stamps: GalSim deconvolves, shears and
+reconvolves an image, and the moments are sums over its pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+
+# Before numpy and torch load their libraries: one core.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import galsim
+import numpy as np
+import torch
+
+from lsst.meas.deeplearn.shear.estimators import Regauss
+from lsst.meas.deeplearn.shear.metacal import Metacalibration
+from lsst.meas.deeplearn.shear.shapes import STEPS
+from lsst.meas.deeplearn.shear.simulation import GalaxySample, Scene, draw_stamps, make_profile
+
+PIXEL_SCALE, TARGET_FWHM, WEIGHT_FWHM, STEP = 0.2, 0.85, 1.2, 0.01
+SHEARS = dict(zip(STEPS, ((0, 0), (STEP, 0), (-STEP, 0), (0, STEP), (0, -STEP)), strict=True))
+
+
+def measure_by_galsim(stamps: np.ndarray, psf: np.ndarray) -> np.ndarray:
+    """Return ellipticities by metacalibration with GalSim."""
+    size = stamps.shape[-1]
+    axis = (np.arange(size) - size // 2) * PIXEL_SCALE
+    x, y = np.meshgrid(axis, axis)
+    weight = np.exp(-0.5 * (x**2 + y**2) * (8 * np.log(2)) / WEIGHT_FWHM**2)
+    polynomials = np.stack([np.ones_like(x), x**2 - y**2, 2 * x * y]) * weight
+    star = galsim.InterpolatedImage(galsim.Image(psf, scale=PIXEL_SCALE), x_interpolant="lanczos15")
+    inverse, target = galsim.Deconvolve(star), galsim.Gaussian(fwhm=TARGET_FWHM)
+    ellipticities = []
+    for stamp in stamps:
+        image = galsim.InterpolatedImage(galsim.Image(stamp, scale=PIXEL_SCALE), x_interpolant="lanczos15")
+        deconvolved = galsim.Convolve(image, inverse)
+        for g1, g2 in SHEARS.values():
+            sheared = galsim.Convolve(deconvolved.shear(g1=g1, g2=g2), target)
+            pixels = sheared.drawImage(nx=size, ny=size, scale=PIXEL_SCALE, method="no_pixel").array
+            flux, plus, cross = (polynomials * pixels).sum(axis=(1, 2))
+            ellipticities.append((plus / flux, cross / flux))
+    return np.array(ellipticities).reshape(len(stamps), len(SHEARS), 2)
+
+
+def compute_rate(function: Callable[[], object], n: int, clock: Callable[[], float], seconds: float) -> float:
+    """Return how many stamps a second a function does, n in each call."""
+    function()
+    start, done = clock(), 0
+    while (elapsed := clock() - start) < seconds or not done:
+        function()
+        done += n
+    return done / elapsed
+
+
+def main() -> None:
+    """Draw galaxies, measure them again and again, print rates."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=63, help="side of the stamps in pixels, odd")
+    parser.add_argument("--stamps", type=int, default=4096, help="stamps in a batch")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time to spend on each estimator")
+    parser.add_argument("--device", default="cpu", help="device of torch: cpu or cuda")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    # Of a GPU the wall time counts; the arrays come from and go to the CPU.
+    clock = time.process_time if args.device == "cpu" else time.perf_counter
+
+    galaxies = GalaxySample.draw(np.arange(64), seed=1)
+    scene = Scene(galsim.Moffat(beta=2.5, fwhm=0.7).shear(g1=0.02, g2=-0.02), PIXEL_SCALE, args.size)
+    profiles = [make_profile(galaxies, k, "sersic") for k in range(len(galaxies))]
+    few = draw_stamps(profiles, galaxies, scene, np.zeros(4))[:, 0]
+    many = np.resize(few, (args.stamps, *few.shape[1:]))
+    noise = np.random.default_rng(1).standard_normal(many.shape, dtype=np.float32)
+    psf = scene.draw_psf()
+    psfs = np.repeat(psf[None].astype(np.float32), len(many), axis=0)
+    metacal = Metacalibration(
+        pixel_scale=PIXEL_SCALE,
+        stamp_size=args.size,
+        target_fwhm=TARGET_FWHM,
+        weight_fwhm=WEIGHT_FWHM,
+        step=STEP,
+        device=args.device,
+    )
+    regauss = Regauss(pixel_scale=PIXEL_SCALE)
+    n, m = len(many), len(few)
+    cases: dict[str, tuple[Callable[[], object], int]] = {
+        "metacalibration by GalSim": (lambda: measure_by_galsim(few[:8], psf), 8),
+        "re-Gaussianization": (lambda: regauss.measure(few, psf), m),
+        "metacalibration, one PSF": (lambda: metacal.measure(many, psf, noise_sigma=1.0), n),
+        "... with noise correction": (
+            lambda: metacal.measure(many, psf, noise_sigma=1.0, fixnoise=noise),
+            n,
+        ),
+        "metacalibration, PSF of each": (lambda: metacal.measure(many, psfs, noise_sigma=1.0), n),
+        "drawing with GalSim": (lambda: draw_stamps(profiles, galaxies, scene, np.zeros(4)), 2 * m),
+    }
+    print(f"{args.size} x {args.size} pixels, {args.device}, {torch.get_num_threads()} core")
+    reference = 0.0
+    for name, (function, count) in cases.items():
+        rate = compute_rate(function, count, clock, args.seconds)
+        reference = reference or rate
+        print(f"{name:30}{rate:12.0f} stamps/s{rate / reference:10.1f} x GalSim")
+
+
+if __name__ == "__main__":
+    main()

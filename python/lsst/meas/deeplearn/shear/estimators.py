@@ -1,0 +1,181 @@
+# This file is part of meas_deeplearn.
+#
+# Developed for the LSST Data Management System.
+# This product includes software developed by the LSST Project
+# (https://www.lsst.org).
+# See the COPYRIGHT file at the top-level directory of this distribution
+# for details of code ownership.
+#
+# This program is free software: you can redistribute it and/or modify
+# it under the terms of the GNU General Public License as published by
+# the Free Software Foundation, either version 3 of the License, or
+# (at your option) any later version.
+#
+# This program is distributed in the hope that it will be useful,
+# but WITHOUT ANY WARRANTY; without even the implied warranty of
+# MERCHANTABILITY or FITNESS FOR A PARTICULAR PURPOSE.  See the
+# GNU General Public License for more details.
+#
+# You should have received a copy of the GNU General Public License
+# along with this program.  If not, see <https://www.gnu.org/licenses/>.
+
+"""What a shear estimator is, and one that is not calibrated."""
+
+from __future__ import annotations
+
+__all__ = ("LinearEstimator", "Regauss", "ShearEstimator")
+
+from typing import Protocol, runtime_checkable
+
+import galsim
+import numpy as np
+
+from .shapes import STEPS, Shapes
+
+_VERSIONS = np.array([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)])
+
+
+class ShearEstimator(Protocol):
+    """Anything that measures the shapes of stamps, and their response."""
+
+    step: float
+    """Size of the artificial shear."""
+
+    def measure(
+        self,
+        images: np.ndarray,
+        psf: np.ndarray,
+        *,
+        noise_sigma: np.ndarray | float = 0.0,
+        fixnoise: np.ndarray | None = None,
+    ) -> Shapes:
+        """Return the shapes of stamps.
+
+        Parameters
+        ----------
+        images
+            Stamps, shape ``(N, y, x)``.
+        psf
+            Image of a star centred on a pixel, one for all stamps, shape
+            ``(y, x)``, or one each, shape ``(N, y, x)``.
+        noise_sigma
+            Standard deviation of the noise in a pixel, one for all stamps or
+            shape ``(N,)``.
+        fixnoise
+            Another realisation of the noise of each stamp, for estimators
+            that add it, shape ``(N, y, x)``.
+        """
+
+
+@runtime_checkable
+class LinearEstimator(ShearEstimator, Protocol):
+    """An estimator that starts from linear moments, to which noise can be
+    added as well as to pixels; its methods are those of
+    `lsst.meas.deeplearn.shear.metacal.Metacalibration`.
+    """
+
+    def compute_moments(self, images: np.ndarray, psf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the moments of stamps, and their noise."""
+
+    def draw_noise_moments(
+        self, psf: np.ndarray, normal: np.ndarray, *, fixnoise: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return moments of noise, and their covariances."""
+
+    def compute_shapes(self, moments: np.ndarray, noise: np.ndarray) -> Shapes:
+        """Return the shapes that follow from moments."""
+
+
+class Regauss:
+    """Shapes by re-Gaussianization, as the HSM module of GalSim has it.
+
+    Hirata & Seljak (2003, MNRAS 343, 459), with the response that theory
+    gives to an object of no noise and elliptical isophotes, 2 - e^2 (Bernstein
+    & Jarvis 2002): the response of the correction for the PSF, of the noise
+    and of cuts is left out.  That makes it the opposite of metacalibration,
+    an estimator whose bias depends on what galaxies look like.
+
+    Parameters
+    ----------
+    pixel_scale
+        Side of a pixel in arcsec.
+    min_resolution
+        Smallest resolution factor of usable objects, 0 for stars, 1 for
+        objects that are much larger than the PSF.
+    max_ellipticity
+        Largest absolute value of a component of usable ellipticities.
+    step
+        Shear of the artificial versions; the response is written as if it
+        had been measured on them.
+    """
+
+    def __init__(
+        self,
+        *,
+        pixel_scale: float,
+        min_resolution: float = 0.3,
+        max_ellipticity: float = 2.0,
+        step: float = 0.01,
+    ) -> None:
+        self.pixel_scale = pixel_scale
+        self.min_resolution = min_resolution
+        self.max_ellipticity = max_ellipticity
+        self.step = step
+
+    def measure(
+        self,
+        images: np.ndarray,
+        psf: np.ndarray,
+        *,
+        noise_sigma: np.ndarray | float = 0.0,
+        fixnoise: np.ndarray | None = None,
+    ) -> Shapes:
+        """Return the shapes of stamps.
+
+        Parameters
+        ----------
+        images, psf, noise_sigma
+            As for `ShearEstimator.measure`.
+        fixnoise
+            Not used.
+        """
+        stamps = np.asarray(images, dtype=np.float64)
+        psfs = np.broadcast_to(np.asarray(psf, dtype=np.float64), (len(stamps), *np.shape(psf)[-2:]))
+        e, flux_noise, size = (
+            np.full((len(stamps), 2), np.nan),
+            np.ones(len(stamps)),
+            np.full(len(stamps), np.nan),
+        )
+        flux = np.full(len(stamps), np.nan)
+        settings = galsim.hsm.HSMParams(max_mom2_iter=400)
+        star = galsim.Image(psfs[0], scale=self.pixel_scale) if len(stamps) else None
+        for k, (stamp, kernel) in enumerate(zip(stamps, psfs, strict=True)):
+            if np.ndim(psf) == 3:
+                star = galsim.Image(kernel, scale=self.pixel_scale)
+            if not (np.isfinite(stamp).all() and np.isfinite(kernel).all()):
+                continue
+            image = galsim.Image(stamp, scale=self.pixel_scale)
+            result = galsim.hsm.EstimateShear(image, star, strict=False, hsmparams=settings)
+            ellipticity = (result.corrected_e1, result.corrected_e2)
+            if (
+                result.error_message
+                or result.resolution_factor < self.min_resolution
+                or max(map(abs, ellipticity)) > self.max_ellipticity
+            ):
+                continue
+            e[k] = ellipticity
+            # The optimal flux of a Gaussian object, and its noise.
+            flux[k], flux_noise[k] = result.moments_amp, np.sqrt(4 * np.pi) * result.moments_sigma
+            size[k] = (result.moments_sigma / result.psf_sigma) ** 2 if result.psf_sigma > 0 else np.nan
+        with np.errstate(divide="ignore"):
+            snr = flux / (flux_noise * noise_sigma)
+        bad = ~np.isfinite(e).all(axis=1)
+        response = 2 - (e**2).sum(axis=1)
+        return Shapes(
+            self.step,
+            e=e[:, None, :] + self.step * response[:, None, None] * _VERSIONS,
+            snr=np.repeat(snr[:, None], len(STEPS), axis=1),
+            size=np.repeat(size[:, None], len(STEPS), axis=1),
+            weight=np.where(bad, 0.0, 1.0)[:, None].repeat(len(STEPS), axis=1),
+            bad=bad,
+        )

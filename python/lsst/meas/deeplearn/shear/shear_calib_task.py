@@ -1,0 +1,448 @@
+# This file is part of meas_deeplearn.
+#
+# Developed for the LSST Data Management System.
+# This product includes software developed by the LSST Project
+# (https://www.lsst.org).
+# See the COPYRIGHT file at the top-level directory of this distribution
+# for details of code ownership.
+#
+# This program is free software: you can redistribute it and/or modify
+# it under the terms of the GNU General Public License as published by
+# the Free Software Foundation, either version 3 of the License, or
+# (at your option) any later version.
+#
+# This program is distributed in the hope that it will be useful,
+# but WITHOUT ANY WARRANTY; without even the implied warranty of
+# MERCHANTABILITY or FITNESS FOR A PARTICULAR PURPOSE.  See the
+# GNU General Public License for more details.
+#
+# You should have received a copy of the GNU General Public License
+# along with this program.  If not, see <https://www.gnu.org/licenses/>.
+
+"""Simulate galaxies that suit a patch, and measure their shear."""
+
+from __future__ import annotations
+
+__all__ = ("ShearCalibConfig", "ShearCalibConnections", "ShearCalibError", "ShearCalibTask")
+
+import dataclasses
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import astropy.units as u
+import numpy as np
+from astropy.table import Column, Table, vstack
+
+import lsst.pipe.base.connectionTypes as cT
+from lsst.daf.butler import DataCoordinate, DatasetRef
+from lsst.pex.config import ChoiceField, Field, FieldValidationError, ListField, RangeField
+from lsst.pipe.base import (
+    AlgorithmError,
+    NoWorkFound,
+    PipelineTask,
+    PipelineTaskConfig,
+    PipelineTaskConnections,
+    QuantumContext,
+    Struct,
+)
+from lsst.pipe.base.connections import InputQuantizedConnection, OutputQuantizedConnection
+from lsst.utils.logging import PeriodicLogger
+
+from ..coadds import MultibandCoadd
+from ..cutouts import DEFAULT_BAD_PLANES
+from ..inference import torch_threads
+
+if TYPE_CHECKING:
+    from .calibration import Bin
+    from .estimators import ShearEstimator
+
+ESTIMATORS = ("metacal", "regauss")
+"""Metacalibration, and re-Gaussianization without calibration."""
+
+NOISE_BOX = 50
+"""Half of the side in pixels of the box that the noise is taken from."""
+
+
+class ShearCalibError(AlgorithmError):
+    """Raised if shear cannot be measured with the PSF of a patch."""
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return {}
+
+
+class ShearCalibConnections(PipelineTaskConnections, dimensions=("skymap", "tract", "patch")):
+    """Datasets that `ShearCalibTask` reads and writes."""
+
+    coadds = cT.Input(
+        doc="Coadds of the patch, a band each, whose PSF and noise the simulation has.",
+        name="deep_coadd",
+        storageClass="CellCoadd",
+        dimensions=("skymap", "tract", "patch", "band"),
+        multiple=True,
+        deferLoad=True,
+    )
+    sums = cT.Output(
+        doc="Sums over simulated galaxies from which shear bias follows, a row for each morphology, "
+        "estimator, bin, place in the patch, true shear and artificial shear (ShearSums.from_table).",
+        name="shear_calib_sums",
+        storageClass="ArrowAstropy",
+        dimensions=("skymap", "tract", "patch"),
+    )
+
+    config: ShearCalibConfig
+
+    def __init__(self, *, config: ShearCalibConfig):
+        super().__init__(config=config)
+        self.coadds = dataclasses.replace(self.coadds, storageClass=config.coaddStorageClass)
+
+    def adjustQuantum(
+        self,
+        inputs: dict[str, tuple[cT.BaseInput, Collection[DatasetRef]]],
+        outputs: dict[str, tuple[cT.Output, Collection[DatasetRef]]],
+        label: str,
+        data_id: DataCoordinate,
+    ) -> tuple[
+        Mapping[str, tuple[cT.BaseInput, Collection[DatasetRef]]],
+        Mapping[str, tuple[cT.Output, Collection[DatasetRef]]],
+    ]:
+        """Keep the coadd of the configured band only."""
+        connection, refs = inputs["coadds"]
+        kept = [ref for ref in refs if ref.dataId["band"] == self.config.band]
+        if not kept:
+            raise NoWorkFound(f"No coadd in band {self.config.band} for {data_id}.")
+        adjusted = {"coadds": (connection, kept)}
+        super().adjustQuantum(inputs | adjusted, outputs, label, data_id)
+        return adjusted, {}
+
+
+class ShearCalibConfig(PipelineTaskConfig, pipelineConnections=ShearCalibConnections):
+    """Configuration of `ShearCalibTask`."""
+
+    # Inputs.
+    band = Field[str](doc="Band of the coadd that the simulation is like.", default="i")
+    coaddStorageClass = ChoiceField[str](
+        doc="Storage class of the coadds.",
+        default="CellCoadd",
+        allowed={
+            "CellCoadd": "lsst.images.cells.CellCoadd, as in DP2.",
+            "ExposureF": "lsst.afw.image.ExposureF, as in DP1 and in HSC and DECam repositories.",
+        },
+    )
+    badMaskPlanes = ListField[str](
+        doc="Mask planes, under lsst.images or afw names, whose pixels do not tell the noise.",
+        default=list(DEFAULT_BAD_PLANES),
+    )
+
+    # The simulation.
+    morphologies = ListField[str](
+        doc="Galaxies to simulate, all with the same magnitudes, sizes and noise: 'sersic', 'bulge_disk' or "
+        "'knots' (bulge, disk and knots).",
+        default=["sersic", "bulge_disk", "knots"],
+    )
+    nPlaces = RangeField(
+        dtype=int,
+        doc="Number of places in the patch whose PSF and noise are simulated; the blocks of the jackknife.",
+        default=10,
+        min=1,
+        max=1000,
+    )
+    galaxiesPerPlace = RangeField(dtype=int, doc="Number of galaxies at each place.", default=20, min=1)
+    minMagnitude = Field[float](doc="AB magnitude of the brightest galaxies.", default=20.0)
+    maxMagnitude = Field[float](doc="AB magnitude of the faintest galaxies.", default=24.5)
+    shears = ListField[float](
+        doc="Sizes of the true shear; each is applied to both components with both signs.  Two or more let "
+        "the cubic term be fitted.",
+        default=[0.02],
+    )
+    psfShears = ListField[float](
+        doc="Sizes of an additional shear of the PSF, in arms that tell its leakage; may be empty.",
+        default=[0.05],
+    )
+    stampSize = RangeField(dtype=int, doc="Side of the stamps in pixels; odd.", default=63, min=15)
+    psfSize = RangeField(dtype=int, doc="Side of the PSF images in pixels; odd.", default=35, min=5)
+    seed = Field[int](doc="Seed of the simulation, beside the data ID.", default=1)
+
+    # The measurement.
+    estimators = ListField[str](
+        doc="Estimators to run: 'metacal' and 'regauss', which is not calibrated.", default=list(ESTIMATORS)
+    )
+    targetFwhm = RangeField(
+        dtype=float,
+        doc="Width (arcsec) of the PSF to which metacalibration brings the images; if None, 1.2 times the "
+        "widest PSF of the places.",
+        default=None,
+        optional=True,
+        min=0.0,
+    )
+    weightFwhm = RangeField(
+        dtype=float, doc="Width of the Gaussian weight of metacalibration, in arcsec.", default=1.2, min=0.1
+    )
+    step = RangeField(
+        dtype=float, doc="Artificial shear of metacalibration.", default=0.01, min=1e-4, max=0.1
+    )
+    nRealizations = RangeField(
+        dtype=int,
+        doc="Realisations of the noise of each stamp for metacalibration, added to moments; if 0, one is "
+        "added to the pixels, as for other estimators.",
+        default=50,
+        min=0,
+    )
+    device = Field[str](doc="Device of torch: cpu or cuda.", default="cpu")
+
+    # The selection.
+    minSnr = Field[float](doc="Smallest signal to noise of the flux that counts.", default=10.0)
+    snrBins = ListField[float](
+        doc="Edges of bins in signal to noise; fewer than two for none.", default=[10.0, 20.0, 50.0, 200.0]
+    )
+    sizeBins = ListField[float](
+        doc="Edges of bins in the area of the object over that of a star; fewer than two for none.",
+        default=[1.0, 1.25, 1.5, 3.0],
+    )
+    magnitudeBins = ListField[float](
+        doc="Edges of bins in true AB magnitude; fewer than two for none.", default=[20.0, 22.5, 23.5, 24.5]
+    )
+    redshiftBins = ListField[float](
+        doc="Edges of bins in true redshift; fewer than two for none.", default=[0.0, 0.5, 1.0, 4.0]
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        for field, known in (
+            (self.__class__.morphologies, ("sersic", "bulge_disk", "knots")),
+            (self.__class__.estimators, ESTIMATORS),
+        ):
+            values = getattr(self, field.name)
+            if not values or not set(values) <= set(known):
+                raise FieldValidationError(field, self, f"{list(values)} are not among {', '.join(known)}.")
+        for side in (self.__class__.stampSize, self.__class__.psfSize):
+            if getattr(self, side.name) % 2 == 0:
+                raise FieldValidationError(side, self, "The side must be odd.")
+        if self.psfSize > self.stampSize:
+            raise FieldValidationError(self.__class__.psfSize, self, "PSF images must fit into the stamps.")
+        if not self.shears:
+            raise FieldValidationError(self.__class__.shears, self, "At least one shear is needed.")
+        if self.minMagnitude >= self.maxMagnitude:
+            raise FieldValidationError(
+                self.__class__.maxMagnitude, self, "It must be fainter than minMagnitude."
+            )
+        cls = self.__class__
+        for bins in (cls.snrBins, cls.sizeBins, cls.magnitudeBins, cls.redshiftBins):
+            edges = list(getattr(self, bins.name))
+            if edges != sorted(set(edges)):
+                raise FieldValidationError(bins, self, "Edges of bins must increase.")
+
+
+class ShearCalibTask(PipelineTask):
+    """Simulate galaxies that suit a patch, and measure their shear.
+
+    At random places of the patch, isolated galaxies are drawn with its PSF,
+    pixels and noise under known shears, and measured by metacalibration and
+    by an estimator without calibration.  What is written are sums over the
+    galaxies of each place, from which `ShearBiasTask` computes the bias of
+    any set of patches with exact jackknife errors.
+
+    The noise is white, with the variance of the coadd.  Galaxies are alone in
+    their stamps: what detection and neighbours do to shear is not in here.
+    """
+
+    ConfigClass: ClassVar[type[ShearCalibConfig]] = ShearCalibConfig
+    _DefaultName: ClassVar[str] = "shearCalib"
+    config: ShearCalibConfig
+
+    def runQuantum(
+        self,
+        butlerQC: QuantumContext,
+        inputRefs: InputQuantizedConnection,
+        outputRefs: OutputQuantizedConnection,
+    ) -> None:
+        data_id = butlerQC.quantum.dataId
+        assert data_id is not None, "A quantum of this task has a patch."
+        inputs = butlerQC.get(inputRefs)
+        outputs = self.run(
+            MultibandCoadd.read(inputs["coadds"], [self.config.band]),
+            patch=int(data_id["patch"]),
+            seed=_compute_seed(data_id["skymap"], data_id["tract"], data_id["patch"], self.config.seed),
+            num_cores=butlerQC.resources.num_cores,
+        )
+        butlerQC.put(outputs, outputRefs)
+
+    def run(self, coadd: MultibandCoadd, *, patch: int = 0, seed: int = 1, num_cores: int = 1) -> Struct:
+        """Simulate and measure galaxies.
+
+        Parameters
+        ----------
+        coadd
+            Coadd of the patch in ``config.band``.
+        patch
+            Number of the patch, which tells its blocks from those of others.
+        seed
+            Seed of the galaxies and their noise.
+        num_cores
+            Threads that may be used.
+
+        Returns
+        -------
+        result : `lsst.pipe.base.Struct`
+            Results as a struct with attributes:
+
+            ``sums``
+                `ShearSums.to_table` of every morphology, estimator and bin,
+                with columns that tell them apart (`astropy.table.Table`).
+
+        Raises
+        ------
+        lsst.pipe.base.NoWorkFound
+            Raised if the coadd has no place with a PSF and noise.
+        ShearCalibError
+            Raised if metacalibration cannot use the PSF.
+        """
+        # These load torch.
+        from .calibration import compute_shear_sums
+        from .metacal import Metacalibration, compute_target_fwhm
+        from .simulation import GalaxySample, Scene, make_arms, make_profile, make_psf_from_kernel
+
+        config = self.config
+        kernels, noise_sigmas = self._find_places(coadd, np.random.default_rng(seed))
+        target_fwhm = config.targetFwhm or compute_target_fwhm(kernels, coadd.pixel_scale)
+        metacal = Metacalibration(
+            pixel_scale=coadd.pixel_scale,
+            stamp_size=config.stampSize,
+            target_fwhm=target_fwhm,
+            weight_fwhm=config.weightFwhm,
+            step=config.step,
+            device=config.device,
+        )
+        estimators = self._make_estimators(coadd.pixel_scale, metacal)
+        arms, bins = make_arms(list(config.shears), list(config.psfShears)), self._make_bins()
+        self.log.info(
+            "Simulating %d galaxies in %d arms at %d places, noise %.3g nJy, target PSF %.3f arcsec.",
+            len(kernels) * config.galaxiesPerPlace,
+            len(arms),
+            len(kernels),
+            np.median(noise_sigmas),
+            target_fwhm,
+        )
+        tables = []
+        progress = PeriodicLogger(self.log)
+        with torch_threads(num_cores):
+            for place, (kernel, noise_sigma) in enumerate(zip(kernels, noise_sigmas, strict=True)):
+                first = place * config.galaxiesPerPlace
+                galaxies = GalaxySample.draw(
+                    np.arange(first, first + config.galaxiesPerPlace),
+                    seed=seed,
+                    magnitude=(config.minMagnitude, config.maxMagnitude),
+                )
+                scene = Scene(
+                    make_psf_from_kernel(kernel, coadd.pixel_scale),
+                    coadd.pixel_scale,
+                    config.stampSize,
+                    float(noise_sigma),
+                )
+                for morphology in config.morphologies:
+                    try:
+                        sums = compute_shear_sums(
+                            galaxies,
+                            partial(make_profile, morphology=morphology),
+                            scene,
+                            arms,
+                            estimators=estimators,
+                            bins=bins,
+                            block=patch * 1000 + place,
+                            n_realizations=config.nRealizations,
+                        )
+                    except ValueError as err:
+                        raise ShearCalibError(f"The PSF of this patch cannot be used: {err}") from err
+                    for (estimator, label), values in sums.items():
+                        tables.append(_describe(values.to_table(), morphology, estimator, label, bins[label]))
+                progress.log("Simulated %d of %d places.", place + 1, len(kernels))
+        table = vstack(tables, metadata_conflicts="silent")
+        table["target_fwhm"] = Column(
+            np.full(len(table), target_fwhm), unit=u.arcsec, description="FWHM of the PSF of metacalibration"
+        )
+        self.metadata["n_places"] = len(kernels)
+        self.metadata["seed"] = seed
+        self.metadata["target_fwhm"] = float(target_fwhm)
+        self.metadata["noise_sigma"] = float(np.median(noise_sigmas))
+        return Struct(sums=table)
+
+    def _find_places(self, coadd: MultibandCoadd, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Return PSF kernels and noise in nJy at random good pixels."""
+        band, config = self.config.band, self.config
+        variance = np.where(
+            coadd.compute_bad_pixels(band, config.badMaskPlanes), np.nan, coadd.planes[band].variance
+        )
+        rows, columns = np.nonzero(np.isfinite(variance))
+        # Some of them may lack a PSF.
+        chosen = rng.permutation(len(rows))[: 3 * config.nPlaces]
+        rows, columns = rows[chosen], columns[chosen]
+        kernels = coadd.compute_psf_kernels(
+            band, x=columns + coadd.bbox.x.start, y=rows + coadd.bbox.y.start, size=config.psfSize
+        )
+        usable = np.flatnonzero(np.isfinite(kernels).all(axis=(1, 2)))[: config.nPlaces]
+        if not len(usable):
+            raise NoWorkFound(f"The {band} coadd has no place with a PSF and good pixels.")
+        noise = [
+            np.sqrt(
+                np.nanmedian(
+                    variance[
+                        max(row - NOISE_BOX, 0) : row + NOISE_BOX,
+                        max(column - NOISE_BOX, 0) : column + NOISE_BOX,
+                    ]
+                )
+            )
+            for row, column in zip(rows[usable], columns[usable], strict=True)
+        ]
+        return kernels[usable], np.array(noise)
+
+    def _make_estimators(self, pixel_scale: float, metacal: ShearEstimator) -> dict[str, ShearEstimator]:
+        """Return the configured estimators by name."""
+        from .estimators import Regauss
+
+        known: dict[str, ShearEstimator] = {
+            "metacal": metacal,
+            "regauss": Regauss(pixel_scale=pixel_scale, step=self.config.step),
+        }
+        return {name: known[name] for name in self.config.estimators}
+
+    def _make_bins(self) -> dict[str, Bin]:
+        """Return all objects, and the configured bins, by name."""
+        from .calibration import Bin
+
+        config = self.config
+        bins = {"all": Bin(min_snr=config.minSnr)}
+        edges: dict[str, Sequence[float]] = {
+            "snr": config.snrBins,
+            "size": config.sizeBins,
+            "magnitude": config.magnitudeBins,
+            "redshift": config.redshiftBins,
+        }
+        for quantity, limits in edges.items():
+            for low, high in pairwise(limits):
+                bins[f"{quantity}_{low:g}_{high:g}"] = Bin(quantity, low, high, min_snr=config.minSnr)
+        return bins
+
+
+def _describe(table: Table, morphology: str, estimator: str, label: str, cut: Bin) -> Table:
+    """Add the columns that tell the samples of a table apart."""
+    n = len(table)
+    quantity = "" if label == "all" else cut.quantity
+    for name, values, description in (
+        ("morphology", np.full(n, morphology, dtype="U16"), "Kind of simulated galaxies"),
+        ("estimator", np.full(n, estimator, dtype="U16"), "Shear estimator"),
+        ("bin", np.full(n, label, dtype="U32"), "Name of the bin; all for all objects"),
+        ("bin_quantity", np.full(n, quantity, dtype="U16"), "What the bin is in; empty for all objects"),
+        ("bin_low", np.full(n, cut.low), "Lower edge of the bin"),
+        ("bin_high", np.full(n, cut.high), "Upper edge of the bin"),
+    ):
+        table[name] = Column(values, description=description)
+    return table
+
+
+def _compute_seed(*values: Any) -> int:
+    """Return a seed that depends on all values."""
+    digest = hashlib.sha256(repr(tuple(str(value) for value in values)).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
