@@ -39,7 +39,7 @@ from lsst.meas.deeplearn.lenses.fuse_lens_votes_task import (
     FuseLensVotesConnections,
     FuseLensVotesTask,
 )
-from lsst.meas.deeplearn.lenses.votes import VotesError, make_votes, read_votes
+from lsst.meas.deeplearn.lenses.vote_files import VotesError, make_votes, read_votes
 from lsst.pex.config import FieldValidationError
 from lsst.pipe.base import InvalidQuantumError, NoWorkFound, Pipeline
 from lsst.pipe.base.simple_pipeline_executor import SimplePipelineExecutor

@@ -42,7 +42,6 @@ from lsst.meas.deeplearn.lenses.simulate_lenses_task import (
     NonLensConfig,
     SimulateLensesConfig,
     SimulateLensesTask,
-    compute_seed,
     compute_split,
 )
 from lsst.meas.deeplearn.lenses.train_lens_finder_task import (
@@ -51,6 +50,7 @@ from lsst.meas.deeplearn.lenses.train_lens_finder_task import (
     TrainLensFinderTask,
 )
 from lsst.meas.deeplearn.model_package import ModelPackage
+from lsst.meas.deeplearn.patch_inputs import compute_seed
 from lsst.meas.deeplearn.tests import make_test_coadds, make_test_repository
 from lsst.pex.config import FieldValidationError
 from lsst.pipe.base import NoWorkFound, Pipeline

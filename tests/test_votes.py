@@ -19,42 +19,25 @@
 # You should have received a copy of the GNU General Public License
 # along with this program.  If not, see <https://www.gnu.org/licenses/>.
 
-"""Tests of votes and of what they are worth."""
+"""Tests of what votes are worth."""
 
-import csv
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
-from astropy.table import Table
 from scipy.special import expit, logit
 
+from lsst.meas.deeplearn.lenses.likelihood_ratio import ScoreCalibration
 from lsst.meas.deeplearn.lenses.votes import (
-    GRADES,
-    VOTE_COLUMNS,
     Ballots,
-    ScoreCalibration,
     Verdict,
-    VotesError,
     compute_expected_votes,
     compute_information,
     compute_log_ratio,
     decide,
-    make_ballots,
-    make_votes,
-    read_truth,
-    read_votes,
-    read_zooniverse_votes,
     run_offline,
     run_online,
-    select_last_votes,
-    stack_votes,
     update_probability,
-    write_truth,
-    write_votes,
-    write_zooniverse_manifest,
 )
 
 
@@ -107,20 +90,6 @@ def make_campaign(
         truth=np.where(known, is_lens, -1).astype(np.int8),
     )
     return ballots, is_lens, p_lens, p_not
-
-
-def make_table(*rows: tuple[int, str, str, str], truth: dict[int, int] | None = None) -> Table:
-    """Make votes from tuples of ID, voter, grade and second."""
-    return make_votes(
-        {
-            "objectId": object_id,
-            "voter": voter,
-            "grade": grade,
-            "time": f"2026-11-23T10:00:{second}.000Z",
-            "truth": (truth or {}).get(object_id, -1),
-        }
-        for object_id, voter, grade, second in rows
-    )
 
 
 def test_update_by_hand() -> None:
@@ -355,222 +324,3 @@ def test_no_votes() -> None:
         assert result.converged
         assert len(result.agents) == len(result.agents.to_table()) == 0
         assert result.draw_log_odds(np.random.default_rng(0), 3).shape == (3, 2)
-
-
-def test_score_calibration() -> None:
-    """Likelihood ratios of Gaussian scores agree with the analytic ones, and
-    so do their errors.
-    """
-    rng = np.random.default_rng(8)
-    is_lens = rng.random(20000) < 0.5
-    scores = rng.normal(2.0 * is_lens, 1.0)
-    scores[:5] = np.nan
-    calibration = ScoreCalibration.from_scores(scores, is_lens, min_count=20)
-    assert calibration.n_lens.sum() + calibration.n_not.sum() == 20000 - 5
-    assert (np.diff(calibration.log_ratios) > 0).all()
-    assert min(calibration.n_lens.min(), calibration.n_not.min()) >= 20
-    x = np.linspace(-1, 3, 9)
-    # N(x; 2, 1) / N(x; 0, 1) = exp(2 x - 2)
-    np.testing.assert_allclose(calibration.compute_log_ratio(x), 2 * x - 2, atol=0.9)
-    assert calibration.compute_log_ratio(np.array([np.nan])) == 0
-    # The mean of the likelihood ratio over other things is 1.
-    ratio = np.exp(calibration.compute_log_ratio(rng.normal(size=100000)))
-    assert ratio.mean() == pytest.approx(1.0, abs=0.2)
-    drawn = calibration.draw_log_ratio(np.array([0.0, 9.0, np.nan]), rng, 2000)
-    bins = calibration.find_bins(np.array([0.0, 9.0]))
-    np.testing.assert_allclose(drawn.std(axis=0)[:2], calibration.errors[bins], rtol=0.1)
-    assert (drawn[:, 2] == 0).all()
-    with pytest.raises(ValueError, match="too few"):
-        ScoreCalibration.from_scores(scores[:20], is_lens[:20])
-
-
-def test_score_calibration_from_roc() -> None:
-    """A point of a ROC curve makes two bins, as SWAP treats a classifier."""
-    calibration = ScoreCalibration.from_roc([0.5], [0.9], [0.1], n_lens=100000, n_not=100000)
-    np.testing.assert_allclose(
-        calibration.compute_log_ratio(np.array([0.4, 0.5, 0.9])), np.log([1 / 9, 9, 9]), rtol=1e-3
-    )
-    unordered = ScoreCalibration.from_roc([0.9, 0.5], [0.5, 0.9], [0.01, 0.1], n_lens=1000, n_not=1000)
-    assert unordered.thresholds.tolist() == [0.5, 0.9]
-    # A curve that is not convex is replaced by its hull.
-    hull = ScoreCalibration.from_roc([0.2, 0.5, 0.8], [0.9, 0.6, 0.5], [0.5, 0.4, 0.1], n_lens=100, n_not=100)
-    assert hull.thresholds.tolist() == [0.2, 0.8]
-    for rates in ([0.5, 0.9], [0.1, 0.2]), ([0.9, 0.5], [0.2, 1.1]), ([0.9, np.nan], [0.2, 0.1]):
-        with pytest.raises(ValueError, match="ROC"):
-            ScoreCalibration.from_roc([0.5, 0.9], *rates, n_lens=10, n_not=10)
-
-
-def test_csv_round_trip(tmp_path: Path) -> None:
-    """Votes come back as they were written, whatever the name."""
-    name = 'Åsa "Å", <script>alert(1)</script>\' OR 1=1'
-    votes = make_votes(
-        [
-            {"objectId": 2**62, "voter": name, "grade": "A", "time": "2026-11-23T10:00:00.000Z",
-             "tract": 9813, "skymap": "lsst_cells_v2", "seconds": 3.5, "saw_score": True},
-            {"objectId": -1, "voter": "b", "grade": "U", "time": "2026-11-23T10:00:01.000Z"},
-        ]
-    )  # fmt: skip
-    write_votes(votes, tmp_path / "votes.csv")
-    back = read_votes(tmp_path / "votes.csv", truth={2**62: True})
-    assert back.colnames == list(VOTE_COLUMNS)
-    for column in ("objectId", "voter", "grade", "time", "tract", "skymap", "saw_score"):
-        assert back[column].tolist() == votes[column].tolist()
-    np.testing.assert_array_equal(back["seconds"], votes["seconds"])
-    assert back["truth"].tolist() == [1, -1]
-    assert len(stack_votes([votes, back, votes[:0]])) == 4
-    assert stack_votes([]).colnames == list(VOTE_COLUMNS)
-
-
-def test_times_are_in_utc(tmp_path: Path) -> None:
-    """Times with an offset are turned into UTC, so that they sort."""
-    path = tmp_path / "votes.csv"
-    path.write_text(
-        "\ufeffcandidate_id,voter,grade,time,notes\n1, a  b ,a,2026-11-23T10:00:00+02:00,x\n"
-        "1,a b,n,2026-11-23 09:00\n".replace("09:00\n", "09:00,\n"),
-        encoding="utf-8",
-    )
-    votes = read_votes(path)
-    assert votes["time"].tolist() == ["2026-11-23T08:00:00.000Z", "2026-11-23T09:00:00.000Z"]
-    assert votes["voter"].tolist() == ["a b", "a b"]
-    assert select_last_votes(votes)["grade"].tolist() == ["N"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is empty"),
-        (b" \n", "is empty"),
-        (b"\x89PNG\r\n\x1a\n\xff", "not a text file"),
-        (b"id,vote\n1,2\n", r"no columns \['candidate_id'"),
-        (b"candidate_id,voter,grade,time\n1,a,A\n", "line 2: it has not as many fields"),
-        (b"candidate_id,voter,grade,time\n1,a,A,2026-01-01,5\n", "line 2: it has not as many fields"),
-        (b"candidate_id,voter,grade,time\nx,a,A,2026-01-01\n", "line 2: invalid literal"),
-        (b"candidate_id,voter,grade,time\n99999999999999999999,a,A,2026-01-01\n", "too large"),
-        (b"candidate_id,voter,grade,time\n1,a,A,2026-01-01\n1,a,D,2026-01-01\n", "line 3: the grade 'D'"),
-        (b"candidate_id,voter,grade,time\n1, ,A,2026-01-01\n", "line 2: the voter has no name"),
-        (b"candidate_id,voter,grade,time\n1,a,A,yesterday\n", "line 2: Invalid isoformat"),
-        (b'candidate_id,voter,grade,time\n1,"a"b,A,2026-01-01\n', "after line 1: ',' expected"),
-        (b'candidate_id,voter,grade,time\n1,"a,A,2026-01-01\n', "unexpected end of data"),
-    ],
-)
-def test_broken_csv(tmp_path: Path, content: bytes, message: str) -> None:
-    """A file that cannot be used says where it is broken."""
-    path = tmp_path / "votes.csv"
-    path.write_bytes(content)
-    with pytest.raises(VotesError, match=message):
-        read_votes(path)
-
-
-def test_broken_lines_can_be_left_out(tmp_path: Path) -> None:
-    """The other votes of a file with a broken line are not lost."""
-    path = tmp_path / "votes.csv"
-    path.write_text("candidate_id,voter,grade,time\n1,a,A,2026-01-01\n2,a\n3,a,B,2026-01-02\n")
-    messages: list[str] = []
-    assert read_votes(path, on_error=messages.append)["objectId"].tolist() == [1, 3]
-    assert len(messages) == 1
-    assert "line 3" in messages[0]
-    path.write_text("candidate_id,voter,grade,time\n")
-    assert len(read_votes(path)) == 0
-
-
-def test_last_votes() -> None:
-    """Of a voter's votes on a candidate the last one counts."""
-    votes = make_table(
-        (1, "a", "A", "20"),
-        (1, "a", "N", "10"),
-        (1, "b", "N", "05"),
-        (1, "a", "B", "20"),
-        (2, "a", "U", "00"),
-    )
-    last = select_last_votes(votes)
-    assert list(zip(last["objectId"], last["voter"], last["grade"], strict=True)) == [
-        (2, "a", "U"),
-        (1, "b", "N"),
-        (1, "a", "B"),
-    ]
-    assert len(select_last_votes(votes[:0])) == 0
-
-
-def test_ballots() -> None:
-    """Unknown candidates are left out, known truth stays, U is no vote."""
-    votes = make_table(
-        (5, "b", "A", "01"),
-        (7, "a", "C", "02"),
-        (99, "a", "A", "03"),
-        (40, "a", "B", "04"),
-        (5, "a", "U", "05"),
-        truth={40: 1, 7: 0},
-    )
-    ballots = make_ballots(votes, np.array([7, 5]))
-    assert ballots.voters == ("a", "b")
-    assert ballots.subject.tolist() == [1, 0, 2]
-    assert ballots.voter.tolist() == [1, 0, 0]
-    assert ballots.says_lens.tolist() == [True, False, True]
-    assert ballots.truth.tolist() == [0, -1, 1]
-    assert ballots.n_votes.tolist() == [1, 1, 1]
-    assert make_ballots(votes, np.array([5]), lens_grades="U", not_grades="A").says_lens.tolist() == [
-        False,
-        True,
-    ]
-    assert len(make_ballots(votes[:0], np.array([5]))) == 0
-    with pytest.raises(VotesError, match="known as lenses and as non-lenses"):
-        make_ballots(stack_votes([votes, make_table((40, "c", "A", "05"), truth={40: 0})]), np.array([5]))
-    with pytest.raises(ValueError, match="more than once"):
-        make_ballots(votes, np.array([5, 5]))
-
-
-def test_truth_round_trip(tmp_path: Path) -> None:
-    """The key of a page comes back as it was written."""
-    path = tmp_path / "key.csv"
-    write_truth({3: True, 1: False}, path)
-    assert read_truth(path) == {3: True, 1: False}
-    path.write_text("candidate_id,is_lens\n1,maybe\n")
-    with pytest.raises(VotesError, match="line 2: is_lens is 'maybe'"):
-        read_truth(path)
-
-
-def write_export(path: Path, *rows: tuple[str, object, dict[str, str]]) -> None:
-    """Write an export of Zooniverse with the columns that matter."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["classification_id", "user_name", "created_at", "annotations", "subject_data"])
-        for k, (user, answer, metadata) in enumerate(rows):
-            annotations = [{"task": "T1", "value": "x"}, {"task": "T0", "value": answer}]
-            writer.writerow(
-                [k, user, f"2026-01-01 00:00:0{k} UTC", json.dumps(annotations), json.dumps({"77": metadata})]
-            )
-
-
-def test_zooniverse(tmp_path: Path) -> None:
-    """A manifest names every image, and the export of a campaign with it is
-    read back.
-    """
-    candidates = Table({"objectId": [11, 12], "coord_ra": [150.0, 150.1], "score": [0.9, 0.1]})
-    manifest = write_zooniverse_manifest(
-        tmp_path / "subjects",
-        candidates,
-        {"colour, faint": [b"a", b"b"], "g": [b"c", b"d"]},
-        skymap="sky",
-        truth={12: True},
-    )
-    with manifest.open() as file:
-        rows = list(csv.DictReader(file))
-    assert (manifest.parent / rows[1]["image_colour_faint"]).read_bytes() == b"b"
-    assert rows[0]["#objectId"] == "11"
-    assert "0.9" not in manifest.read_text()
-
-    path = tmp_path / "export.csv"
-    subjects = [{key: value for key, value in row.items() if key.startswith("#")} for row in rows]
-    write_export(path, ("x", GRADES["A"], subjects[0]), ("y", "No", subjects[1]), ("x", [], subjects[1]))
-    votes = read_zooniverse_votes(path, answers={"No": "N"})
-    assert votes["objectId"].tolist() == [11, 12, 12]
-    assert votes["grade"].tolist() == ["A", "N", "N"]
-    assert votes["truth"].tolist() == [-1, 1, 1]
-    assert votes["skymap"][0] == "sky"
-    assert votes["time"][1] == "2026-01-01T00:00:01.000Z"
-    with pytest.raises(VotesError, match="line 3: the answer 'No' is none of"):
-        read_zooniverse_votes(path)
-    with pytest.raises(VotesError, match="no answer to task 'T9'"):
-        read_zooniverse_votes(path, task="T9")
-    with pytest.raises(VotesError, match="has no 'name'"):
-        read_zooniverse_votes(path, answers={"No": "N"}, id_key="name")

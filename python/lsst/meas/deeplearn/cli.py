@@ -26,6 +26,7 @@ from __future__ import annotations
 __all__ = ("get_cli_subcommands",)
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import click
 
@@ -44,6 +45,8 @@ def get_cli_subcommands() -> list[click.Command]:
         import_fits_coadds,
         make_lens_demo,
         show_lens_demo,
+        make_inspection_page,
+        ingest_lens_votes,
     ]
 
 
@@ -210,3 +213,199 @@ def show_lens_demo(repo: str, collections: str, best: int) -> None:
             for name, shown in (("Table", ref), ("Gallery", gallery)):
                 if shown is not None:
                     click.echo(f"{name + ':':8} {butler.getURI(shown).ospath}")
+
+
+@click.command(cls=ButlerCommand, name="make-inspection-page")
+@repo_argument(required=True)
+@click.argument("page", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--collections", required=True, help="Collections with the candidates, comma-separated.")
+@click.option("--where", default="", help="Which tracts, as a query expression; all by default.")
+@click.option("--candidates", default="lens_candidates_ranked", show_default=True, help="Dataset type.")
+@click.option("--cutouts", default="lens_cutouts", show_default=True, help="Dataset type.")
+@click.option(
+    "--order-by",
+    default="rank",
+    show_default=True,
+    help="Column to order by, from 1; vote_rank of lens_candidates_fused puts first what votes help most.",
+)
+@click.option("--best", default=500, show_default=True, help="Largest number of candidates on the page.")
+@click.option("--shuffle", is_flag=True, help="Show them in random order, which tells nothing of the rank.")
+@click.option("--show-scores", is_flag=True, help="Show what the machine thinks before the vote.")
+@click.option(
+    "--known",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="CSV file (candidate_id, is_lens) of candidates whose truth is known, to weigh the voters.",
+)
+@click.option(
+    "--injected", default=None, help="Dataset type of injected lenses (lens_truth): they are known too."
+)
+@click.option(
+    "--known-lenses",
+    default=None,
+    help="Catalogue (name, ra, dec) to look the candidates up in, or 'lenscat' for that of this package; "
+    "what is known is shown after the vote.",
+)
+@click.option("--feedback", is_flag=True, help="Tell voters the truth after their vote, where it is known.")
+@click.option("--title", default="Lens candidates", show_default=True, help="Title of the page.")
+@click.option(
+    "--zooniverse",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to write the images and manifest of a Zooniverse subject set to, too.",
+)
+def make_inspection_page(
+    repo: str,
+    page: Path,
+    collections: str,
+    where: str,
+    candidates: str,
+    cutouts: str,
+    order_by: str,
+    best: int,
+    shuffle: bool,
+    show_scores: bool,
+    known: Path | None,
+    injected: str | None,
+    known_lenses: str | None,
+    feedback: bool,
+    title: str,
+    zooniverse: Path | None,
+) -> None:
+    """Write a page on which people grade lens candidates.
+
+    PAGE is the HTML file to write.  It opens in any browser, from disk.
+    Votes are exported from it as CSV; 'butler ingest-lens-votes' takes them.
+    """
+    from lsst.daf.butler import Butler, ButlerUserError
+
+    from .lenses.known_lenses import flag_known_lenses, read_known_lenses
+    from .lenses.visual_inspection import (
+        find_injected_lenses,
+        make_pictures,
+        match_cutouts,
+        read_candidates,
+        read_cutouts,
+        write_inspection_page,
+    )
+    from .lenses.vote_files import read_truth, write_zooniverse_manifest
+
+    names = [name.strip() for name in collections.split(",")]
+    try:
+        truth = read_truth(known) if known is not None else {}
+        with Butler.from_config(repo) as butler:
+            table, skymap = read_candidates(
+                butler, candidates, names, where=where, order_by=order_by, best=best
+            )
+            stamps = read_cutouts(butler, cutouts, names, table, where=where)
+            if injected is not None:
+                truth |= find_injected_lenses(butler, injected, names, table, where=where)
+        if known_lenses is not None:
+            catalog = read_known_lenses(None if known_lenses == "lenscat" else known_lenses)
+            flag_known_lenses(table, catalog)
+        written = write_inspection_page(
+            page,
+            table,
+            stamps,
+            title=title,
+            skymap=skymap,
+            truth=truth,
+            feedback=feedback,
+            order="random" if shuffle else "given",
+            show_scores=show_scores,
+        )
+    except (ButlerUserError, ImportError, OSError, ValueError) as err:
+        raise click.ClickException(str(err)) from err
+    click.echo(f"Wrote {written.n_candidates} candidates to {written.path}.")
+    if written.n_without_cutouts:
+        click.echo(
+            f"{written.n_without_cutouts} more have no cutouts; nCutouts of LensFinderTask sets how many do."
+        )
+    if written.key_path is not None:
+        click.echo(f"Keep {written.key_path} from the voters: it says which ones are known.")
+    if zooniverse is not None:
+        found, rows = match_cutouts(table, stamps)
+        manifest = write_zooniverse_manifest(
+            zooniverse, table[rows], make_pictures(found), skymap=skymap, truth=truth
+        )
+        click.echo(f"Wrote {manifest} and the images of {len(rows)} subjects.")
+
+
+@click.command(cls=ButlerCommand, name="ingest-lens-votes")
+@repo_argument(required=True)
+@click.argument(
+    "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@click.option("--run", required=True, help="RUN collection to put the votes into, such as votes/first.")
+@click.option("--dataset-type", default="lens_votes", show_default=True, help="Dataset type of the votes.")
+@click.option(
+    "--key",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Key of an inspection page (candidate_id, is_lens): which candidates are known.",
+)
+@click.option("--skymap", default=None, help="Sky map of votes that do not tell it.")
+@click.option("--tract", default=None, type=int, help="Tract of votes that do not tell it.")
+@click.option("--zooniverse", is_flag=True, help="The files are classification exports of Zooniverse.")
+@click.option("--skip-broken", is_flag=True, help="Leave out lines that cannot be read, instead of stopping.")
+def ingest_lens_votes(
+    repo: str,
+    files: tuple[Path, ...],
+    run: str,
+    dataset_type: str,
+    key: tuple[Path, ...],
+    skymap: str | None,
+    tract: int | None,
+    zooniverse: bool,
+    skip_broken: bool,
+) -> None:
+    """Put people's votes on lens candidates into a repository.
+
+    FILES are the CSV files that inspection pages export, of all voters.  All
+    votes on a tract become one dataset, of each voter and candidate the last
+    vote.  Nothing is written unless all files can be read.  To add votes
+    later, give all files again, and another RUN.
+    """
+    from lsst.daf.butler import Butler
+
+    from .lenses.vote_files import (
+        VotesError,
+        ingest_votes,
+        read_truth,
+        read_votes,
+        read_zooniverse_votes,
+        select_last_votes,
+        stack_votes,
+    )
+
+    def report(message: str) -> None:
+        click.echo(f"Left out: {message}", err=True)
+
+    on_error = report if skip_broken else None
+    try:
+        truth: dict[int, bool] = {}
+        for path in key:
+            truth |= read_truth(path)
+        if zooniverse:
+            tables = [read_zooniverse_votes(path, on_error=on_error) for path in files]
+        else:
+            tables = [read_votes(path, on_error=on_error) for path in files]
+        votes = stack_votes(tables)
+        for row in votes:
+            row["truth"] = truth.get(int(row["objectId"]), row["truth"])
+    except VotesError as err:
+        raise click.ClickException(str(err)) from err
+    last = select_last_votes(votes)
+    if not len(last):
+        raise click.ClickException("There are no votes in these files.")
+    last["skymap"][last["skymap"] == ""] = skymap or ""
+    last["tract"][last["tract"] < 0] = -1 if tract is None else tract
+    if (last["skymap"] == "").any() or (last["tract"] < 0).any():
+        raise click.ClickException("Some votes do not tell their tract; give --skymap and --tract.")
+    with Butler.from_config(repo, writeable=True) as butler:
+        try:
+            ingest_votes(butler, last, run=run, dataset_type=dataset_type)
+        except VotesError as err:
+            raise click.ClickException(str(err)) from err
+    n_voters = len(set(last["voter"].tolist()))
+    click.echo(
+        f"Put {len(last)} votes of {n_voters} voters into {run}; {len(votes) - len(last)} were superseded."
+    )

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from lsst.daf.butler import Butler, DatasetRef
 
 ARCHITECTURES: Mapping[str, str] = {
+    "Cvae": "lsst.meas.deeplearn.galaxies.cvae.Cvae",
     "DeepLens": "lsst.meas.deeplearn.lenses.deeplens.DeepLens",
 }
 """Networks that a model package may name, and where they are defined.

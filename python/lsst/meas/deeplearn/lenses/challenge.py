@@ -80,9 +80,10 @@ from astropy.table import Column, Table
 from ..cutouts import Cutouts
 from ..inference import InferenceConfig
 from ..model_package import ModelPackage, ModelPackageError
+from ..patch_inputs import compute_seed
 from .evaluate_lens_finder_task import EvaluationError, LensNetwork
 from .metrics import Fraction, compute_auroc, compute_operating_point
-from .simulate_lenses_task import EXAMPLE_COLUMNS, compute_seed
+from .simulate_lenses_task import EXAMPLE_COLUMNS
 
 MASKED = 100.0
 """Value of masked pixels."""

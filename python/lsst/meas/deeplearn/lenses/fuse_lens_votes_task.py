@@ -314,9 +314,9 @@ class FuseLensVotesTask(PipelineTask):
             The table ``ranked`` of `RankLensCandidatesTask`.
         votes
             Tables of votes, with the columns of
-            `lsst.meas.deeplearn.lenses.vote_files.VOTE_COLUMNS`.  Of each voter
-            and candidate the last vote counts; votes on candidates that are
-            not in the table count only if their truth is known.
+            `lsst.meas.deeplearn.lenses.vote_files.VOTE_COLUMNS`.  Of each
+            voter and candidate the last vote counts; votes on candidates that
+            are not in the table count only if their truth is known.
         tract
             Tract, for the seed.
 

@@ -25,9 +25,7 @@ from __future__ import annotations
 
 __all__ = ("LensFinderConfig", "LensFinderConnections", "LensFinderTask")
 
-import dataclasses
-import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import astropy.units as u
@@ -36,14 +34,10 @@ from astropy.table import Column, Table
 from scipy.special import expit
 
 import lsst.pipe.base.connectionTypes as cT
-from lsst.daf.butler import DataCoordinate, DatasetRef
-from lsst.pex.config import ChoiceField, ConfigField, Field, FieldValidationError, ListField, RangeField
+from lsst.pex.config import ConfigField, Field, FieldValidationError, ListField, RangeField
 from lsst.pipe.base import (
     InvalidQuantumError,
-    NoWorkFound,
     PipelineTask,
-    PipelineTaskConfig,
-    PipelineTaskConnections,
     QuantumContext,
     Struct,
 )
@@ -51,16 +45,16 @@ from lsst.pipe.base.connections import InputQuantizedConnection, OutputQuantized
 from lsst.utils.logging import PeriodicLogger
 
 from ..coadds import MultibandCoadd
-from ..cutouts import DEFAULT_BAD_PLANES, CutoutExtractor, Cutouts
+from ..cutouts import CutoutExtractor, Cutouts
 from ..inference import InferenceConfig, predict
 from ..model_package import MODEL_STORAGE_CLASS, SCALE_TOLERANCE, ModelPackage, ModelPackageError
 from ..object_selection import SelectionError, column_names, select_objects
+from ..patch_inputs import PATCH_DIMENSIONS, PatchConfig, PatchConnections, read_objects
 from .ring_finder import RingFinderConfig, find_rings
 
 if TYPE_CHECKING:
     import torch
 
-    from lsst.daf.butler import DeferredDatasetHandle
 
 CANDIDATE_COLUMNS: Mapping[str, tuple[str, u.UnitBase | None, str]] = {
     "objectId": ("i8", None, "ID of the object in the input table"),
@@ -94,27 +88,12 @@ CANDIDATE_COLUMNS: Mapping[str, tuple[str, u.UnitBase | None, str]] = {
 
 
 class LensFinderConnections(
-    PipelineTaskConnections,
-    dimensions=("skymap", "tract", "patch"),
+    PatchConnections,
+    dimensions=PATCH_DIMENSIONS,
     defaultTemplates={"outputName": "lens"},
 ):
     """Datasets that `LensFinderTask` reads and writes."""
 
-    coadds = cT.Input(
-        doc="Coadds of the patch, a band each, calibrated to flux densities.",
-        name="deep_coadd",
-        storageClass="CellCoadd",
-        dimensions=("skymap", "tract", "patch", "band"),
-        multiple=True,
-        deferLoad=True,
-    )
-    objects = cT.Input(
-        doc="Objects to look at, with ICRS coordinates in degrees.",
-        name="object",
-        storageClass="ArrowAstropy",
-        dimensions=("skymap", "tract"),
-        deferLoad=True,
-    )
     model = cT.PrerequisiteInput(
         doc="Model package of the network; its version is chosen by the order of input collections.",
         name="deeplens_model",
@@ -136,35 +115,16 @@ class LensFinderConnections(
 
     config: LensFinderConfig
 
+    # A patch that lacks a band gets rows with flags.
+    needs_all_bands: ClassVar[bool] = False
+
     def __init__(self, *, config: LensFinderConfig):
         super().__init__(config=config)
-        self.coadds = dataclasses.replace(self.coadds, storageClass=config.coaddStorageClass)
-        if config.objectDimensions == "patch":
-            self.objects = dataclasses.replace(self.objects, dimensions={"skymap", "tract", "patch"})
         if not config.doDeepLens:
             del self.model
 
-    def adjustQuantum(
-        self,
-        inputs: dict[str, tuple[cT.BaseInput, Collection[DatasetRef]]],
-        outputs: dict[str, tuple[cT.Output, Collection[DatasetRef]]],
-        label: str,
-        data_id: DataCoordinate,
-    ) -> tuple[
-        Mapping[str, tuple[cT.BaseInput, Collection[DatasetRef]]],
-        Mapping[str, tuple[cT.Output, Collection[DatasetRef]]],
-    ]:
-        """Keep the coadds of the configured bands only."""
-        connection, refs = inputs["coadds"]
-        kept = [ref for ref in refs if ref.dataId["band"] in self.config.bands]
-        if not kept:
-            raise NoWorkFound(f"No coadds in any of the bands {', '.join(self.config.bands)} for {data_id}.")
-        adjusted = {"coadds": (connection, kept)}
-        super().adjustQuantum(inputs | adjusted, outputs, label, data_id)
-        return adjusted, {}
 
-
-class LensFinderConfig(PipelineTaskConfig, pipelineConnections=LensFinderConnections):
+class LensFinderConfig(PatchConfig, pipelineConnections=LensFinderConnections):
     """Configuration of `LensFinderTask`."""
 
     # Inputs.
@@ -172,23 +132,6 @@ class LensFinderConfig(PipelineTaskConfig, pipelineConnections=LensFinderConnect
         doc="Bands to read; those of the model and of RingFinder must be among them.",
         default=["g", "r", "i"],
     )
-    coaddStorageClass = ChoiceField[str](
-        doc="Storage class of the coadds.",
-        default="CellCoadd",
-        allowed={
-            "CellCoadd": "lsst.images.cells.CellCoadd, as in DP2.",
-            "MaskedImageV2": "lsst.images.MaskedImage; it brings no PSF, so RingFinder matches none.",
-            "ExposureF": "lsst.afw.image.ExposureF, as in DP1 and in HSC and DECam repositories.",
-        },
-    )
-    objectDimensions = ChoiceField[str](
-        doc="What one object table covers.",
-        default="tract",
-        allowed={"tract": "A tract; rows are chosen by their column 'patch'.", "patch": "A patch."},
-    )
-    idColumn = Field[str](doc="Column with the ID of the object.", default="objectId")
-    raColumn = Field[str](doc="Column with the ICRS right ascension in degrees.", default="coord_ra")
-    decColumn = Field[str](doc="Column with the ICRS declination in degrees.", default="coord_dec")
     selection = ListField[str](
         doc="Conditions on columns that an object must satisfy to be looked at; see "
         "lsst.meas.deeplearn.object_selection.  Fluxes are in nJy, mag() is the AB magnitude.",
@@ -196,10 +139,6 @@ class LensFinderConfig(PipelineTaskConfig, pipelineConnections=LensFinderConnect
     )
 
     # Pixels.
-    badMaskPlanes = ListField[str](
-        doc="Mask planes, under lsst.images or afw names, whose pixels are unusable.",
-        default=list(DEFAULT_BAD_PLANES),
-    )
     maxMaskedFraction = RangeField(
         dtype=float,
         doc="Largest fraction of unusable pixels in any band of a stamp that still gets a score.",
@@ -292,7 +231,12 @@ class LensFinderTask(PipelineTask):
         assert data_id is not None, "A quantum of this task has a patch."
         inputs = butlerQC.get(inputRefs)
         coadd = MultibandCoadd.read(inputs["coadds"], self.config.bands)
-        objects = self._read_objects(inputs["objects"], int(data_id["patch"]))
+        objects = read_objects(
+            inputs["objects"],
+            self.config,
+            column_names(self.config.selection),
+            patch=int(data_id["patch"]),
+        )
         try:
             model = ModelPackage.from_arrow(inputs["model"]) if self.config.doDeepLens else None
             outputs = self.run(
@@ -394,22 +338,6 @@ class LensFinderTask(PipelineTask):
         """Columns of the classifiers that run, the one that counts first."""
         columns = ["score"] if self.config.doDeepLens else []
         return columns + (["ringfinder_snr"] if self.config.doRingFinder else [])
-
-    def _read_objects(self, handle: DeferredDatasetHandle, patch: int) -> Table:
-        """Read the columns that are used here, of the objects of a patch."""
-        config = self.config
-        columns = {config.idColumn, config.raColumn, config.decColumn, *column_names(config.selection)}
-        if config.objectDimensions == "tract":
-            columns.add("patch")
-        available = list(handle.get(component="columns"))
-        if missing := sorted(columns - set(available)):
-            close = {name: difflib.get_close_matches(name, available) for name in missing}
-            raise InvalidQuantumError(
-                f"The object table has no columns {missing}; the nearest it has are {close}.  Configure "
-                "'selection', 'idColumn', 'raColumn' and 'decColumn' for this survey."
-            )
-        table = handle.get(parameters={"columns": sorted(columns)})
-        return table[table["patch"] == patch] if config.objectDimensions == "tract" else table
 
     def _make_candidates(
         self, selected: Table, model: ModelPackage | None, *, tract: int, patch: int

@@ -27,18 +27,14 @@ from __future__ import annotations
 __all__ = ("NonLensConfig", "SimulateLensesConfig", "SimulateLensesConnections", "SimulateLensesTask")
 
 import dataclasses
-import hashlib
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import astropy.units as u
 import numpy as np
 from astropy.table import Column, Table, vstack
 
 import lsst.pipe.base.connectionTypes as cT
-from lsst.daf.butler import DataCoordinate, DatasetRef
 from lsst.pex.config import (
-    ChoiceField,
     Config,
     ConfigDictField,
     Field,
@@ -47,23 +43,21 @@ from lsst.pex.config import (
     RangeField,
 )
 from lsst.pipe.base import (
-    InvalidQuantumError,
     NoWorkFound,
     PipelineTask,
-    PipelineTaskConfig,
-    PipelineTaskConnections,
     QuantumContext,
     Struct,
 )
 from lsst.pipe.base.connections import InputQuantizedConnection, OutputQuantizedConnection
 
 from ..coadds import MultibandCoadd
-from ..cutouts import DEFAULT_BAD_PLANES, CutoutExtractor, Cutouts
+from ..cutouts import CutoutExtractor, Cutouts
 from ..inference import torch_threads
 from ..object_selection import SelectionError, column_names, select_objects
+from ..patch_inputs import PATCH_DIMENSIONS, PatchConfig, PatchConnections, compute_seed, read_objects
 
 if TYPE_CHECKING:
-    from lsst.daf.butler import DeferredDatasetHandle
+    pass
 
 SPLITS = ("train", "validation", "test")
 """Values of the column ``split``."""
@@ -83,8 +77,8 @@ EXAMPLE_COLUMNS: tuple[tuple[str, u.UnitBase | None, str], ...] = (
 
 
 class SimulateLensesConnections(
-    PipelineTaskConnections,
-    dimensions=("skymap", "tract", "patch"),
+    PatchConnections,
+    dimensions=PATCH_DIMENSIONS,
     defaultTemplates={"outputName": "lens"},
 ):
     """Datasets that `SimulateLensesTask` reads and writes.
@@ -95,21 +89,6 @@ class SimulateLensesConnections(
         Configuration of the task.
     """
 
-    coadds = cT.Input(
-        doc="Coadds of the patch, a band each, calibrated to flux densities, with PSF models.",
-        name="deep_coadd",
-        storageClass="CellCoadd",
-        dimensions=("skymap", "tract", "patch", "band"),
-        multiple=True,
-        deferLoad=True,
-    )
-    objects = cT.Input(
-        doc="Objects of the patch, with fluxes in nJy and ICRS coordinates in degrees.",
-        name="object",
-        storageClass="ArrowAstropy",
-        dimensions=("skymap", "tract"),
-        deferLoad=True,
-    )
     examples = cT.Output(
         doc="Stamps of galaxies with and without lensed arcs, a row each: those of Cutouts.to_table, and "
         "what is known of each (label, kind, truth of the arcs, split).",
@@ -119,37 +98,6 @@ class SimulateLensesConnections(
     )
 
     config: SimulateLensesConfig
-
-    def __init__(self, *, config: SimulateLensesConfig):
-        super().__init__(config=config)
-        self.coadds = dataclasses.replace(self.coadds, storageClass=config.coaddStorageClass)
-        if config.objectDimensions == "patch":
-            self.objects = dataclasses.replace(self.objects, dimensions={"skymap", "tract", "patch"})
-
-    def adjustQuantum(
-        self,
-        inputs: dict[str, tuple[cT.BaseInput, Collection[DatasetRef]]],
-        outputs: dict[str, tuple[cT.Output, Collection[DatasetRef]]],
-        label: str,
-        data_id: DataCoordinate,
-    ) -> tuple[
-        Mapping[str, tuple[cT.BaseInput, Collection[DatasetRef]]],
-        Mapping[str, tuple[cT.Output, Collection[DatasetRef]]],
-    ]:
-        """Keep the coadds of the configured bands, all of which must be.
-
-        Parameters
-        ----------
-        inputs, outputs, label, data_id
-            As in `lsst.pipe.base.PipelineTaskConnections.adjustQuantum`.
-        """
-        connection, refs = inputs["coadds"]
-        kept = [ref for ref in refs if ref.dataId["band"] in self.config.bands]
-        if missing := set(self.config.bands) - {ref.dataId["band"] for ref in kept}:
-            raise NoWorkFound(f"No coadds in the bands {', '.join(sorted(missing))} for {data_id}.")
-        adjusted = {"coadds": (connection, kept)}
-        super().adjustQuantum(inputs | adjusted, outputs, label, data_id)
-        return adjusted, {}
 
 
 class NonLensConfig(Config):
@@ -173,27 +121,11 @@ class NonLensConfig(Config):
     )
 
 
-class SimulateLensesConfig(PipelineTaskConfig, pipelineConnections=SimulateLensesConnections):
+class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnections):
     """Configuration of `SimulateLensesTask`."""
 
     # Inputs.
     bands = ListField[str](doc="Bands of the stamps, in the order of their arrays.", default=["g", "r", "i"])
-    coaddStorageClass = ChoiceField[str](
-        doc="Storage class of the coadds.",
-        default="CellCoadd",
-        allowed={
-            "CellCoadd": "lsst.images.cells.CellCoadd, as in DP2.",
-            "ExposureF": "lsst.afw.image.ExposureF, as in DP1 and in HSC and DECam repositories.",
-        },
-    )
-    objectDimensions = ChoiceField[str](
-        doc="What one object table covers.",
-        default="tract",
-        allowed={"tract": "A tract; rows are chosen by their column 'patch'.", "patch": "A patch."},
-    )
-    idColumn = Field[str](doc="Column with the ID of the object.", default="objectId")
-    raColumn = Field[str](doc="Column with the ICRS right ascension in degrees.", default="coord_ra")
-    decColumn = Field[str](doc="Column with the ICRS declination in degrees.", default="coord_dec")
     fluxColumn = Field[str](
         doc="Columns with the total flux in nJy; '{band}' stands for the band.", default="{band}_cModelFlux"
     )
@@ -201,10 +133,6 @@ class SimulateLensesConfig(PipelineTaskConfig, pipelineConnections=SimulateLense
         doc="Columns with the second moments xx, yy and xy of hosts in pixels.  Lenses point along them.  If "
         "empty, they point anywhere.",
         default=["shape_xx", "shape_yy", "shape_xy"],
-    )
-    badMaskPlanes = ListField[str](
-        doc="Mask planes, under lsst.images or afw names, whose pixels are unusable.",
-        default=list(DEFAULT_BAD_PLANES),
     )
     maxMaskedFraction = RangeField(
         dtype=float,
@@ -355,7 +283,9 @@ class SimulateLensesTask(PipelineTask):
         assert data_id is not None
         inputs = butlerQC.get(inputRefs)
         coadd = MultibandCoadd.read(inputs["coadds"], self.config.bands)
-        objects = self._read_objects(inputs["objects"], int(data_id["patch"]))
+        objects = read_objects(
+            inputs["objects"], self.config, self._list_columns(), patch=int(data_id["patch"])
+        )
         seed = compute_seed(data_id["skymap"], data_id["tract"], data_id["patch"], self.config.seed)
         outputs = self.run(coadd, objects, seed=seed, num_cores=butlerQC.resources.num_cores)
         butlerQC.put(outputs, outputRefs)
@@ -433,22 +363,11 @@ class SimulateLensesTask(PipelineTask):
         self.log.info("Made %s.", ", ".join(f"{count} examples of {name}" for name, count in counts.items()))
         return Struct(examples=examples)
 
-    def _read_objects(self, handle: DeferredDatasetHandle, patch: int) -> Table:
-        """Read the columns that are used here, of the objects of a patch."""
-        config = self.config
-        expressions = [expression for selection in config.selections for expression in selection]
-        columns = {config.idColumn, config.raColumn, config.decColumn, *column_names(expressions)}
-        columns |= {config.fluxColumn.format(band=band) for band in config.bands} | set(config.momentColumns)
-        if config.objectDimensions == "tract":
-            columns.add("patch")
-        available = set(handle.get(component="columns"))
-        if missing := sorted(columns - available):
-            raise InvalidQuantumError(
-                f"The object table has no columns {missing}.  Configure the names of columns and the "
-                "selections for this survey."
-            )
-        table = handle.get(parameters={"columns": sorted(columns)})
-        return table[table["patch"] == patch] if config.objectDimensions == "tract" else table
+    def _list_columns(self) -> set[str]:
+        """Return the columns that selections and lenses need."""
+        expressions = [expression for selection in self.config.selections for expression in selection]
+        fluxes = {self.config.fluxColumn.format(band=band) for band in self.config.bands}
+        return column_names(expressions) | fluxes | set(self.config.momentColumns)
 
     def _extract(self, extractor: CutoutExtractor, objects: Table) -> tuple[Cutouts, Table]:
         """Return the usable stamps, and the rows that they belong to."""
@@ -555,18 +474,6 @@ class SimulateLensesTask(PipelineTask):
             image[chosen] = paint_lenses(cutouts[chosen], sources)[0].image
             cutouts = dataclasses.replace(cutouts, image=image)
         return cutouts
-
-
-def compute_seed(*values: Any) -> int:
-    """Return a seed that depends on all values, from 0 to 2**62 - 1.
-
-    Parameters
-    ----------
-    *values
-        Values of a data ID and the like.
-    """
-    digest = hashlib.sha256(repr(tuple(str(value) for value in values)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 2
 
 
 def compute_split(

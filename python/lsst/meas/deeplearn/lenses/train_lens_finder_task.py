@@ -131,7 +131,9 @@ class TrainLensFinderConfig(PipelineTaskConfig, pipelineConnections=TrainLensFin
     # The model.
     modelName = Field[str](doc="Name of the model package.", default="deeplens_gri")
     modelVersion = Field[str](doc="Version of the model package.", default="1")
-    architecture = ChoiceField[str](doc="Network.", default="DeepLens", allowed=dict(ARCHITECTURES))
+    architecture = ChoiceField[str](
+        doc="Network.", default="DeepLens", allowed={"DeepLens": "CMU DeepLens (Lanusse et al. 2018)."}
+    )
     network = DictField[str, float](
         doc="Further arguments of the constructor of the network, such as 'width'; empty for the published "
         "network.",

@@ -23,8 +23,8 @@
 
 The page is one file that needs no server and no network: it opens from disk,
 keeps the votes in the browser and hands them out as CSV, which
-`lsst.meas.deeplearn.lenses.vote_files.read_votes` reads.  It holds the pixels of
-every band, not pictures, so that any stretch of any band can be looked at.
+`lsst.meas.deeplearn.lenses.vote_files.read_votes` reads.  It holds the pixels
+of every band, not pictures, so that any stretch of any band can be looked at.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ __all__ = (
     "DEFAULT_VIEWERS",
     "InspectionPage",
     "InspectionPageError",
+    "find_injected_lenses",
     "make_pictures",
     "match_cutouts",
+    "read_candidates",
+    "read_cutouts",
     "write_inspection_page",
 )
 
@@ -50,15 +53,19 @@ import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from astropy.table import Table
+from astropy.table import Table, vstack
 
 from ..cutouts import Cutouts
 from ..preprocessing import compute_noise
 from .plots import BAND_WEIGHTS, BLACK, NO_DATA_COLOR, SOFTENING, STRETCH, make_color_images
+from .truth import match_truth
 from .vote_files import GRADES, write_truth
+
+if TYPE_CHECKING:
+    from lsst.daf.butler import Butler, DatasetRef
 
 TEMPLATE_FOLDER = Path(__file__).parent / "inspection_page"
 """Where the page's HTML, style and script are."""
@@ -295,6 +302,143 @@ def match_cutouts(candidates: Table, cutouts: Table | Cutouts) -> tuple[Cutouts,
     place = np.searchsorted(values, ids)
     found = np.flatnonzero(np.isin(ids, values))
     return cutouts[order[first[place[found]]]], found
+
+
+def read_candidates(
+    butler: Butler,
+    dataset_type: str,
+    collections: Sequence[str],
+    *,
+    where: str = "",
+    order_by: str = "rank",
+    best: int | None = None,
+) -> tuple[Table, str]:
+    """Read the first candidates of some tracts by a column.
+
+    Parameters
+    ----------
+    butler
+        A butler.
+    dataset_type
+        Name of the dataset type, such as ``lens_candidates_ranked``.
+    collections
+        Collections to search.
+    where
+        Which tracts, as a query expression; all by default.
+    order_by
+        Column to order by, from 1; others than these come last.
+    best
+        Largest number of candidates; all by default.
+
+    Returns
+    -------
+    candidates
+        Table in the order of the column.
+    skymap
+        Name of the sky map.
+
+    Raises
+    ------
+    InspectionPageError
+        Raised if there are none, if they are on several sky maps, or if
+        they lack the column.
+    """
+    refs, tables = _read_tables(butler, dataset_type, collections, where)
+    skymaps = {str(ref.dataId["skymap"]) for ref in refs}
+    if len(skymaps) > 1:
+        raise InspectionPageError(f"Candidates of several sky maps, {sorted(skymaps)}; choose with --where.")
+    table = vstack([part for part in tables if len(part)] or tables[:1], metadata_conflicts="silent")
+    if order_by not in table.colnames:
+        raise InspectionPageError(f"{dataset_type} has no column {order_by!r}, but {table.colnames}.")
+    place = np.asarray(table[order_by], dtype=np.float64)
+    order = np.argsort(np.where(place > 0, place, np.inf), kind="stable")
+    return table[order][:best], skymaps.pop()
+
+
+def read_cutouts(
+    butler: Butler, dataset_type: str, collections: Sequence[str], candidates: Table, *, where: str = ""
+) -> Cutouts:
+    """Read the stamps of candidates.
+
+    Parameters
+    ----------
+    butler
+        A butler.
+    dataset_type
+        Name of the dataset type, such as ``lens_cutouts``.
+    collections
+        Collections to search.
+    candidates
+        Table with ``objectId``.
+    where
+        Which tracts, as a query expression; all by default.
+
+    Returns
+    -------
+    stamps
+        Stamps of those candidates that have any, in any order.
+
+    Raises
+    ------
+    InspectionPageError
+        Raised if none of the candidates has one.
+    """
+    ids = np.asarray(candidates["objectId"])
+    parts = []
+    # One at a time: the stamps of a tract need gigabytes.
+    for ref in butler.query_datasets(dataset_type, collections, where=where, explain=False):
+        table = butler.get(ref)
+        wanted = np.isin(np.asarray(table["ids"]), ids)
+        if wanted.any():
+            parts.append(Cutouts.from_table(table[wanted]))
+    if not parts:
+        raise InspectionPageError(f"None of the {len(ids)} candidates has a stamp in {dataset_type}.")
+    return Cutouts.concatenate(parts)
+
+
+def find_injected_lenses(
+    butler: Butler, dataset_type: str, collections: Sequence[str], candidates: Table, *, where: str = ""
+) -> dict[int, bool]:
+    """Find the candidates that are injected lenses.
+
+    Parameters
+    ----------
+    butler
+        A butler.
+    dataset_type
+        Name of the dataset type, such as ``lens_truth``.
+    collections
+        Collections to search.
+    candidates
+        Table with ``objectId``, ``coord_ra`` and ``coord_dec``.
+    where
+        Which tracts, as a query expression; all by default.
+
+    Returns
+    -------
+    truth
+        True for each of them, by its ID.
+
+    Raises
+    ------
+    InspectionPageError
+        Raised if there are no tables of injected lenses.
+    """
+    lenses = vstack(_read_tables(butler, dataset_type, collections, where)[1], metadata_conflicts="silent")
+    return dict.fromkeys(candidates["objectId"][match_truth(candidates, lenses) >= 0].tolist(), True)
+
+
+def _read_tables(
+    butler: Butler, dataset_type: str, collections: Sequence[str], where: str
+) -> tuple[list[DatasetRef], list[Table]]:
+    """Read the datasets of some tracts or patches, in order."""
+    refs = butler.query_datasets(dataset_type, collections, where=where, explain=False)
+    if not refs:
+        raise InspectionPageError(
+            f"There is no {dataset_type} in {', '.join(collections)}{' where ' if where else ''}{where}."
+        )
+    refs.sort(key=lambda ref: tuple(ref.dataId.required_values))
+    return refs, [butler.get(ref) for ref in refs]
 
 
 def _mix(known: np.ndarray, order: str, seed: int) -> np.ndarray:

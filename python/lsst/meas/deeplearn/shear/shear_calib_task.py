@@ -25,9 +25,7 @@ from __future__ import annotations
 
 __all__ = ("ShearCalibConfig", "ShearCalibConnections", "ShearCalibError", "ShearCalibTask")
 
-import dataclasses
-import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -37,14 +35,11 @@ import numpy as np
 from astropy.table import Column, Table, vstack
 
 import lsst.pipe.base.connectionTypes as cT
-from lsst.daf.butler import DataCoordinate, DatasetRef
-from lsst.pex.config import ChoiceField, Field, FieldValidationError, ListField, RangeField
+from lsst.pex.config import Field, FieldValidationError, ListField, RangeField
 from lsst.pipe.base import (
     AlgorithmError,
     NoWorkFound,
     PipelineTask,
-    PipelineTaskConfig,
-    PipelineTaskConnections,
     QuantumContext,
     Struct,
 )
@@ -52,8 +47,8 @@ from lsst.pipe.base.connections import InputQuantizedConnection, OutputQuantized
 from lsst.utils.logging import PeriodicLogger
 
 from ..coadds import MultibandCoadd
-from ..cutouts import DEFAULT_BAD_PLANES
 from ..inference import torch_threads
+from ..patch_inputs import PATCH_DIMENSIONS, CoaddConfig, CoaddConnections, compute_seed
 
 if TYPE_CHECKING:
     from .calibration import Bin
@@ -74,17 +69,9 @@ class ShearCalibError(AlgorithmError):
         return {}
 
 
-class ShearCalibConnections(PipelineTaskConnections, dimensions=("skymap", "tract", "patch")):
+class ShearCalibConnections(CoaddConnections, dimensions=PATCH_DIMENSIONS):
     """Datasets that `ShearCalibTask` reads and writes."""
 
-    coadds = cT.Input(
-        doc="Coadds of the patch, a band each, whose PSF and noise the simulation has.",
-        name="deep_coadd",
-        storageClass="CellCoadd",
-        dimensions=("skymap", "tract", "patch", "band"),
-        multiple=True,
-        deferLoad=True,
-    )
     sums = cT.Output(
         doc="Sums over simulated galaxies from which shear bias follows, a row for each morphology, "
         "estimator, bin, place in the patch, true shear and artificial shear (ShearSums.from_table).",
@@ -95,47 +82,12 @@ class ShearCalibConnections(PipelineTaskConnections, dimensions=("skymap", "trac
 
     config: ShearCalibConfig
 
-    def __init__(self, *, config: ShearCalibConfig):
-        super().__init__(config=config)
-        self.coadds = dataclasses.replace(self.coadds, storageClass=config.coaddStorageClass)
 
-    def adjustQuantum(
-        self,
-        inputs: dict[str, tuple[cT.BaseInput, Collection[DatasetRef]]],
-        outputs: dict[str, tuple[cT.Output, Collection[DatasetRef]]],
-        label: str,
-        data_id: DataCoordinate,
-    ) -> tuple[
-        Mapping[str, tuple[cT.BaseInput, Collection[DatasetRef]]],
-        Mapping[str, tuple[cT.Output, Collection[DatasetRef]]],
-    ]:
-        """Keep the coadd of the configured band only."""
-        connection, refs = inputs["coadds"]
-        kept = [ref for ref in refs if ref.dataId["band"] == self.config.band]
-        if not kept:
-            raise NoWorkFound(f"No coadd in band {self.config.band} for {data_id}.")
-        adjusted = {"coadds": (connection, kept)}
-        super().adjustQuantum(inputs | adjusted, outputs, label, data_id)
-        return adjusted, {}
-
-
-class ShearCalibConfig(PipelineTaskConfig, pipelineConnections=ShearCalibConnections):
+class ShearCalibConfig(CoaddConfig, pipelineConnections=ShearCalibConnections):
     """Configuration of `ShearCalibTask`."""
 
     # Inputs.
     band = Field[str](doc="Band of the coadd that the simulation is like.", default="i")
-    coaddStorageClass = ChoiceField[str](
-        doc="Storage class of the coadds.",
-        default="CellCoadd",
-        allowed={
-            "CellCoadd": "lsst.images.cells.CellCoadd, as in DP2.",
-            "ExposureF": "lsst.afw.image.ExposureF, as in DP1 and in HSC and DECam repositories.",
-        },
-    )
-    badMaskPlanes = ListField[str](
-        doc="Mask planes, under lsst.images or afw names, whose pixels do not tell the noise.",
-        default=list(DEFAULT_BAD_PLANES),
-    )
 
     # The simulation.
     morphologies = ListField[str](
@@ -265,7 +217,7 @@ class ShearCalibTask(PipelineTask):
         outputs = self.run(
             MultibandCoadd.read(inputs["coadds"], [self.config.band]),
             patch=int(data_id["patch"]),
-            seed=_compute_seed(data_id["skymap"], data_id["tract"], data_id["patch"], self.config.seed),
+            seed=compute_seed(data_id["skymap"], data_id["tract"], data_id["patch"], self.config.seed),
             num_cores=butlerQC.resources.num_cores,
         )
         butlerQC.put(outputs, outputRefs)
@@ -440,9 +392,3 @@ def _describe(table: Table, morphology: str, estimator: str, label: str, cut: Bi
     ):
         table[name] = Column(values, description=description)
     return table
-
-
-def _compute_seed(*values: Any) -> int:
-    """Return a seed that depends on all values."""
-    digest = hashlib.sha256(repr(tuple(str(value) for value in values)).encode()).digest()
-    return int.from_bytes(digest[:4], "big")

@@ -1,0 +1,412 @@
+# This file is part of meas_deeplearn.
+#
+# Developed for the LSST Data Management System.
+# This product includes software developed by the LSST Project
+# (https://www.lsst.org).
+# See the COPYRIGHT file at the top-level directory of this distribution
+# for details of code ownership.
+#
+# This program is free software: you can redistribute it and/or modify
+# it under the terms of the GNU General Public License as published by
+# the Free Software Foundation, either version 3 of the License, or
+# (at your option) any later version.
+#
+# This program is distributed in the hope that it will be useful,
+# but WITHOUT ANY WARRANTY; without even the implied warranty of
+# MERCHANTABILITY or FITNESS FOR A PARTICULAR PURPOSE.  See the
+# GNU General Public License for more details.
+#
+# You should have received a copy of the GNU General Public License
+# along with this program.  If not, see <https://www.gnu.org/licenses/>.
+
+
+"""Training of the galaxy model, and drawing from it."""
+
+from __future__ import annotations
+
+__all__ = ("CvaeSampler", "augment", "make_batch", "train_cvae")
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..inference import torch_threads
+from ..model_package import ModelPackage, ModelSettings
+from ..training import Batch, TrainingSettings, train
+from .conditions import ARCHITECTURE, ConditionError, ConditionSpace, check_galaxy_model
+from .cosmos import GalaxySet
+from .cvae import Cvae, CvaeOutput, Elbo, compute_elbo, convolve
+
+
+def make_batch(galaxies: GalaxySet, space: ConditionSpace, *, min_noise: float) -> Batch:
+    """Return the tensors of a set of galaxies.
+
+    Parameters
+    ----------
+    galaxies
+        The galaxies.
+    space
+        Scaling of their conditions.
+    min_noise
+        Smallest noise in a pixel to assume, for a flux of 1: the error of
+        the model.
+
+    Returns
+    -------
+    batch
+        Examples for `augment`, which wants the PSFs besides.
+    """
+    level = float(galaxies.noise_power.mean())
+    noise = np.maximum(np.sqrt(galaxies.noise_variance * level), min_noise)
+    return {
+        "image": torch.from_numpy(galaxies.image),
+        "psf_index": torch.from_numpy(galaxies.psf_index.astype(np.int64)),
+        "noise": torch.from_numpy(noise.astype(np.float32)),
+        "conditions": torch.from_numpy(space.to_scaled(galaxies.conditions).astype(np.float32)),
+    }
+
+
+def augment(batch: Batch, generator: torch.Generator | None, *, psf: Tensor) -> Batch:
+    """Give galaxies their PSFs, and both a symmetry of the square.
+
+    Parameters
+    ----------
+    batch
+        What `make_batch` returns.
+    generator
+        Source of random numbers; `None` leaves the orientation alone.
+    psf
+        All PSFs, shape ``(P, S, S)``.
+
+    Notes
+    -----
+    The noise is taken to have these symmetries.  That of COSMOS has them
+    within 4 % of the power for half of the modes, 30 % at worst.
+    """
+    batch = {**batch, "psf": psf[batch["psf_index"]]}
+    del batch["psf_index"]
+    if generator is None:
+        return batch
+    choice = torch.rand(3, len(batch["image"]), 1, 1, generator=generator) < 0.5
+    for key in ("image", "psf"):
+        image = batch[key]
+        image = torch.where(choice[0], _mirror(image, -1), image)
+        image = torch.where(choice[1], _mirror(image, -2), image)
+        batch[key] = torch.where(choice[2], image.transpose(-1, -2), image)
+    return batch
+
+
+def _mirror(image: Tensor, axis: int) -> Tensor:
+    """Mirror images about pixel S / 2."""
+    return image.flip(axis).roll(1, axis)
+
+
+class _Loss:
+    """Minus the evidence lower bound, in nats a pixel.
+
+    Parameters
+    ----------
+    noise_power
+        Power of the noise in each mode, shape ``(S, S / 2 + 1)``.
+    kl_weight
+        Factor on the KL divergence.
+    flux_scatter
+        Relative error of the fluxes.
+    """
+
+    def __init__(self, noise_power: np.ndarray, kl_weight: float, flux_scatter: float) -> None:
+        self._power = torch.from_numpy(noise_power / noise_power.mean())
+        self._kl_weight = kl_weight
+        self._flux_scatter = flux_scatter
+
+    def compute_elbo(self, network: nn.Module, batch: Batch) -> Elbo:
+        """Return both terms for each galaxy of a batch.
+
+        Parameters
+        ----------
+        network
+            The network, or what Lightning Fabric has made of it.
+        batch
+            What `augment` returns.
+        """
+        if self._power.device != batch["image"].device:
+            self._power = self._power.to(batch["image"].device)
+        output = network(batch["image"], batch["psf"], batch["noise"], batch["conditions"])
+        return compute_elbo(
+            CvaeOutput(*output),
+            batch["image"],
+            batch["psf"],
+            self._power,
+            batch["noise"] ** 2,
+            flux_scatter=self._flux_scatter,
+        )
+
+    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
+        elbo = self.compute_elbo(network, batch)
+        pixels = batch["image"].shape[-1] ** 2
+        return (self._kl_weight * elbo.kl_divergence - elbo.log_likelihood).mean() / pixels
+
+    def evaluate(self, network: nn.Module, data: Batch) -> dict[str, float]:
+        """Return the mean of both terms over many galaxies.
+
+        Parameters
+        ----------
+        network
+            The network.
+        data
+            What `augment` returns.
+        """
+        device, n = next(network.parameters()).device, len(data["image"])
+        log_likelihood = kl_divergence = 0.0
+        with torch.no_grad():
+            for start in range(0, n, 64):
+                batch = {key: value[start : start + 64].to(device) for key, value in data.items()}
+                elbo = self.compute_elbo(network, batch)
+                log_likelihood += float(elbo.log_likelihood.sum()) / n
+                kl_divergence += float(elbo.kl_divergence.sum()) / n
+        return {
+            "loss": (kl_divergence - log_likelihood) / data["image"].shape[-1] ** 2,
+            "log_likelihood": log_likelihood,
+            "kl_divergence": kl_divergence,
+        }
+
+
+def train_cvae(
+    galaxies: GalaxySet,
+    validation: GalaxySet,
+    *,
+    name: str,
+    version: str,
+    settings: TrainingSettings,
+    width: int = 32,
+    latents: int = 32,
+    output_fwhm: float = 0.13,
+    kl_weight: float = 1.0,
+    flux_scatter: float = 0.1,
+    min_noise: float = 1e-4,
+    band: str = "F814W",
+    checkpoint: Path | None = None,
+    accelerator: str = "auto",
+    record: Mapping[str, Any] | None = None,
+) -> ModelPackage:
+    """Train the model and return it as a package.
+
+    Parameters
+    ----------
+    galaxies, validation
+        Galaxies to train on, and those by which the best epoch is chosen.
+    name, version
+        Of the package.
+    settings
+        How to train.
+    width, latents, output_fwhm
+        As for `Cvae`.
+    kl_weight
+        Factor on the KL divergence in the loss; 1 is the evidence lower
+        bound.
+    flux_scatter
+        Relative error of the catalogue fluxes, which is integrated out.
+    min_noise
+        Smallest noise to assume in a pixel, for a flux of 1.  It keeps a few
+        bright galaxies from ruling the training.
+    band
+        Name of the band of the images.
+    checkpoint, accelerator
+        As for `train`.
+    record
+        What to record about the training set.
+
+    Raises
+    ------
+    ConditionError
+        Raised if the conditions of the training set span no volume.
+    """
+    space = ConditionSpace.fit(galaxies.conditions)
+    network = {
+        "conditions": space.to_settings(),
+        "pixel_scale": galaxies.pixel_scale,
+        "size": galaxies.size,
+        "width": width,
+        "latents": latents,
+        "output_fwhm": output_fwhm,
+    }
+    loss = _Loss(galaxies.noise_power, kl_weight, flux_scatter)
+    banks = [torch.from_numpy(part.psf) for part in (galaxies, validation)]
+
+    def change(batch: Batch, generator: torch.Generator | None) -> Batch:
+        # The loop gives the validation set, whole, without generator.
+        return augment(batch, generator, psf=banks[generator is None])
+
+    result = train(
+        lambda: Cvae(**network),  # type: ignore[arg-type]
+        make_batch(galaxies, space, min_noise=min_noise),
+        compute_loss=loss,
+        settings=settings,
+        validation=make_batch(validation, space, min_noise=min_noise),
+        evaluate=loss.evaluate,
+        augment=change,
+        checkpoint=checkpoint,
+        accelerator=accelerator,
+    )
+    best = result.history[result.best_epoch - 1]
+    return ModelPackage(
+        name=name,
+        version=version,
+        architecture=ARCHITECTURE,
+        settings=ModelSettings(
+            bands=(band,),
+            pixel_scale=galaxies.pixel_scale,
+            # A row and a column of zeros make the grid symmetric.
+            stamp_size=galaxies.size + 1,
+            network=network,
+        ),
+        weights=result.weights,
+        record={
+            "recipe": dataclasses.asdict(settings)
+            | {"kl_weight": kl_weight, "flux_scatter": flux_scatter, "min_noise": min_noise},
+            "training_set": {"n_train": len(galaxies), "n_validation": len(validation), **(record or {})},
+            "history": result.history,
+            "best_epoch": result.best_epoch,
+            "performance": {key: best[key] for key in ("log_likelihood", "kl_divergence")},
+        },
+    )
+
+
+class CvaeSampler:
+    """Draws galaxies from a trained model.
+
+    A galaxy is determined by its conditions and its seed.  On a CPU galaxies
+    are decoded one by one with one thread, so that on one kind of processor
+    they are the same to the last bit, whatever is drawn with them; batches
+    would gain 1.1 to 1.5 times.
+
+    Parameters
+    ----------
+    package
+        The model.
+    outside
+        What to do with conditions outside the hull of the training set:
+        ``"raise"`` an error, ``"clip"`` them to it, or ``"flag"``: take them
+        as they are.
+    batch_size
+        Number of galaxies to decode at once; more than 1 is for GPUs.
+    device
+        Where to, as torch names it.
+
+    Raises
+    ------
+    ModelPackageError
+        Raised if the package is another kind of model.
+    ValueError
+        Raised if ``outside`` is none of these.
+    """
+
+    def __init__(
+        self, package: ModelPackage, *, outside: str = "raise", batch_size: int = 1, device: str = "cpu"
+    ) -> None:
+        check_galaxy_model(package)
+        if outside not in ("raise", "clip", "flag"):
+            raise ValueError(f"Conditions outside the training set can raise, clip or flag, not {outside!r}.")
+        network = package.make_network()
+        assert isinstance(network, Cvae)
+        self.package = package
+        self.outside = outside
+        self._network = network.to(device)
+        self._batch_size = batch_size
+        self._device = device
+
+    @property
+    def space(self) -> ConditionSpace:
+        """The conditions that the model has seen."""
+        return self._network.condition_space
+
+    @property
+    def pixel_scale(self) -> float:
+        """Side of a pixel in arcsec."""
+        return self._network.pixel_scale
+
+    def check(self, conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return conditions to use, and which of them had been outside.
+
+        Parameters
+        ----------
+        conditions
+            Half-light radius in arcsec, magnitude and redshift, shape
+            ``(N, 3)``.
+
+        Raises
+        ------
+        ConditionError
+            Raised for impossible conditions, and for those outside the hull
+            if ``outside`` is ``"raise"``.
+        """
+        conditions = np.asarray(conditions, dtype=np.float64).reshape(-1, 3)
+        self.space.to_scaled(conditions)
+        flags = ~self.space.is_inside(conditions)
+        if flags.any() and self.outside == "raise":
+            radius, magnitude, redshift = conditions[np.flatnonzero(flags)[0]]
+            raise ConditionError(
+                f"{flags.sum()} of {len(conditions)} galaxies are outside the training set of model "
+                f"{self.package.name} {self.package.version}, such as one with half-light radius "
+                f"{radius:.3g} arcsec, magnitude {magnitude:.2f} and redshift {redshift:.2f}.  Leave them "
+                "out, or set outside to clip or flag."
+            )
+        if self.outside == "clip":
+            conditions = self.space.clip(conditions)
+        return conditions, flags
+
+    def draw(
+        self,
+        conditions: np.ndarray,
+        seeds: Sequence[int] | np.ndarray,
+        *,
+        psf: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Draw galaxies without noise.
+
+        Parameters
+        ----------
+        conditions
+            Half-light radius in arcsec, magnitude and redshift, shape
+            ``(N, 3)``.
+        seeds
+            A seed for each galaxy, not negative.
+        psf
+            PSFs with their pixel on the grid of the model, shape
+            ``(N, S, S)``; by default the Gaussian of the model.
+
+        Returns
+        -------
+        image
+            Flux in each pixel, their sum 1, float32, shape
+            ``(N, S + 1, S + 1)``; the centre is that of the middle pixel, and
+            the last row and column are 0.
+
+        Raises
+        ------
+        ConditionError
+            Raised as by `check`.
+        """
+        conditions, _ = self.check(conditions)
+        n, size = len(conditions), self._network.size
+        if len(seeds) != n:
+            raise ValueError(f"There are {len(seeds)} seeds for {n} galaxies.")
+        normal = np.empty((n, self._network.latents))
+        for row, seed in zip(normal, seeds, strict=True):
+            row[:] = np.random.default_rng(int(seed)).standard_normal(len(row))
+        arrays = [self.space.to_scaled(conditions), normal, *([] if psf is None else [psf])]
+        inputs = [torch.from_numpy(array.astype(np.float32)).to(self._device) for array in arrays]
+        images = np.zeros((n, size + 1, size + 1), dtype=np.float32)
+        with torch.inference_mode(), torch_threads(1):
+            for start in range(0, n, self._batch_size):
+                rows = slice(start, start + self._batch_size)
+                scaled, deviates, *psfs = [part[rows] for part in inputs]
+                brightness = self._network.sample(scaled, deviates)
+                drawn = convolve(brightness, psfs[0]) if psfs else self._network.smooth(brightness)
+                images[rows, :-1, :-1] = drawn.cpu().numpy()
+        return images

@@ -1,0 +1,281 @@
+# This file is part of meas_deeplearn.
+#
+# Developed for the LSST Data Management System.
+# This product includes software developed by the LSST Project
+# (https://www.lsst.org).
+# See the COPYRIGHT file at the top-level directory of this distribution
+# for details of code ownership.
+#
+# This program is free software: you can redistribute it and/or modify
+# it under the terms of the GNU General Public License as published by
+# the Free Software Foundation, either version 3 of the License, or
+# (at your option) any later version.
+#
+# This program is distributed in the hope that it will be useful,
+# but WITHOUT ANY WARRANTY; without even the implied warranty of
+# MERCHANTABILITY or FITNESS FOR A PARTICULAR PURPOSE.  See the
+# GNU General Public License for more details.
+#
+# You should have received a copy of the GNU General Public License
+# along with this program.  If not, see <https://www.gnu.org/licenses/>.
+
+
+"""Tests of the tasks that train the galaxy model and draw from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import astropy.units as u
+import numpy as np
+import pytest
+from astropy.table import Table
+
+from lsst.daf.butler import Butler
+from lsst.meas.deeplearn import model_package
+from lsst.meas.deeplearn.coadds import MultibandCoadd
+from lsst.meas.deeplearn.cutouts import Cutouts
+from lsst.meas.deeplearn.galaxies.conditions import ARCHITECTURE
+from lsst.meas.deeplearn.galaxies.cosmos import GalaxySetError
+from lsst.meas.deeplearn.galaxies.cvae_galaxy_task import (
+    GALAXY_COLUMNS,
+    CvaeGalaxyConfig,
+    CvaeGalaxyConnections,
+    CvaeGalaxyTask,
+)
+from lsst.meas.deeplearn.galaxies.train_cvae_task import (
+    TrainCvaeConfig,
+    TrainCvaeConnections,
+    TrainCvaeTask,
+)
+from lsst.meas.deeplearn.model_package import ModelPackage, ModelPackageError
+from lsst.meas.deeplearn.tests import make_test_coadds, make_test_model, make_test_repository
+from lsst.pex.config import FieldValidationError
+from lsst.pipe.base import InvalidQuantumError, Pipeline
+from lsst.pipe.base.simple_pipeline_executor import SimplePipelineExecutor
+from lsst.pipe.base.testUtils import lintConnections
+
+PIPELINES = "eups://meas_deeplearn/pipelines"
+
+
+def set_small(config: Any) -> None:
+    """Make a training quick."""
+    values = {"nGalaxies": 100, "size": 32, "width": 2, "latents": 3, "epochs": 1, "batchSize": 16}
+    for name, value in values.items():
+        setattr(config, name, value)
+    config.maxMagnitude = 23.5
+    config.accelerator = "cpu"
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelPackage:
+    """Return a model after one epoch."""
+    config = TrainCvaeConfig()
+    set_small(config)
+    package = TrainCvaeTask(config=config).run().model
+    assert isinstance(package, ModelPackage)
+    return package
+
+
+@pytest.fixture
+def coadd() -> MultibandCoadd:
+    """Return a patch of 300 x 300 pixels of noise of 5 nJy."""
+    return MultibandCoadd.from_coadds(make_test_coadds("i"))
+
+
+def make_objects(coadd: MultibandCoadd, n: int = 4, **columns: Any) -> Table:
+    """Return galaxies of magnitude 20 in the middle of a patch."""
+    x = coadd.bbox.x.start + np.linspace(60, 230, n) + 0.3
+    y = coadd.bbox.y.start + np.linspace(80, 220, n)
+    ra, dec = coadd.pixel_to_sky(x=x, y=y)
+    values = {
+        "objectId": 100 + np.arange(n),
+        "coord_ra": ra,
+        "coord_dec": dec,
+        "refExtendedness": np.ones(n),
+        "i_cModelFlux": np.full(n, 10 ** (0.4 * (31.4 - 20.0))),
+        "radius": np.full(n, 0.4),
+        "photoz": np.full(n, 0.5),
+        "shape_xx": np.full(n, 6.0),
+        "shape_yy": np.full(n, 6.0),
+    }
+    return Table(values | columns)
+
+
+def make_config(**kwargs: Any) -> CvaeGalaxyConfig:
+    """Return a configuration that takes conditions from columns."""
+    config = CvaeGalaxyConfig()
+    config.update(**({"radiusColumn": "radius", "redshiftColumn": "photoz"} | kwargs))
+    return config
+
+
+@pytest.mark.parametrize("connections", [TrainCvaeConnections, CvaeGalaxyConnections])
+def test_connections(connections: type) -> None:
+    """Connections obey the conventions of the middleware."""
+    lintConnections(connections)
+
+
+def test_training_is_recorded(model: ModelPackage) -> None:
+    """The package says what it was trained on, and how well it did."""
+    training_set = model.record["training_set"]
+    assert (training_set["source"], training_set["max_magnitude"]) == ("synthetic", 23.5)
+    assert training_set["n_train"] + training_set["n_validation"] == 100
+    assert np.isfinite(model.record["performance"]["log_likelihood"])
+    assert ModelPackage.from_arrow(model.to_arrow()).digest == model.digest
+
+
+def test_training_config() -> None:
+    """Wrong set-ups are refused with the field that is wrong."""
+    config = TrainCvaeConfig(source="cosmos")
+    with pytest.raises(FieldValidationError, match="cosmosCatalog"):
+        config.validate()
+    with pytest.raises(FieldValidationError, match="outputFwhm"):
+        TrainCvaeConfig(outputFwhm=0.08).validate()
+    config = TrainCvaeConfig(source="cosmos", cosmosCatalog="no/real_galaxy_catalog_25.2.fits")
+    with pytest.raises(GalaxySetError, match="galsim_download_cosmos"):
+        TrainCvaeTask(config=config).run()
+
+
+def test_draws_a_galaxy_for_each_object(coadd: MultibandCoadd, model: ModelPackage) -> None:
+    """Stamps have the flux, place and noise of their objects."""
+    objects = make_objects(coadd)
+    table = CvaeGalaxyTask(config=make_config()).run(coadd, objects, model).cutouts
+    assert set(GALAXY_COLUMNS) < set(table.colnames)
+    for name, (_, unit, description) in GALAXY_COLUMNS.items():
+        assert (table[name].unit, table[name].description) == (unit, description)
+    cutouts = Cutouts.from_table(table)
+    assert cutouts.ids.tolist() == [100, 101, 102, 103]
+    np.testing.assert_allclose(table["magnitude"], 20, atol=1e-4)
+    np.testing.assert_allclose(table["half_light_radius"], 0.4)
+    assert not table["flag_not_drawn"].any()
+    assert len(set(table["galaxy_seed"])) == 4
+    images = cutouts.image[:, 0]
+    np.testing.assert_allclose(images.sum(axis=(1, 2)), objects["i_cModelFlux"], rtol=0.05)
+    y, x = np.indices(images.shape[1:]) - images.shape[-1] // 2
+    bright = np.where(images > 0.1 * images.max(axis=(1, 2), keepdims=True), images, 0)
+    centroid = (bright * x).sum(axis=(1, 2)) / bright.sum(axis=(1, 2))
+    np.testing.assert_allclose(centroid, cutouts.x - np.floor(cutouts.x + 0.5), atol=0.5)
+    border = images[:, :4].std()
+    assert border == pytest.approx(5, rel=0.2)
+
+
+def test_same_galaxies_whatever_else_is_drawn(coadd: MultibandCoadd, model: ModelPackage) -> None:
+    """A galaxy depends on its object and the seed only."""
+    objects = make_objects(coadd)
+    task = CvaeGalaxyTask(config=make_config())
+    images = task.run(coadd, objects, model).cutouts["image"]
+    np.testing.assert_array_equal(task.run(coadd, objects[2:], model).cutouts["image"], images[2:])
+    other = CvaeGalaxyTask(config=make_config(seed=1)).run(coadd, objects, model).cutouts["image"]
+    assert not np.allclose(other, images, rtol=0.1)
+
+
+def test_without_noise(coadd: MultibandCoadd, model: ModelPackage) -> None:
+    """Noise can be left out; the rest is the same."""
+    objects = make_objects(coadd)
+    noisy, clean = (
+        CvaeGalaxyTask(config=make_config(doNoise=value)).run(coadd, objects, model).cutouts["image"]
+        for value in (True, False)
+    )
+    assert (noisy - clean).std() == pytest.approx(5, rel=0.05)
+
+
+def test_radius_from_moments_and_redshift_from_magnitude(coadd: MultibandCoadd, model: ModelPackage) -> None:
+    """Without columns for them, both are estimated."""
+    config = make_config(radiusColumn="", redshiftColumn="")
+    table = CvaeGalaxyTask(config=config).run(coadd, make_objects(coadd), model).cutouts
+    # The PSF of 3.5 pixels FWHM has a variance of 2.21.
+    np.testing.assert_allclose(table["half_light_radius"], 1.1774 * np.sqrt(6 - 2.21) * 0.2, rtol=0.03)
+    assert ((table["redshift"] > 0.01) & (table["redshift"] < 1.5)).all()
+    assert len(set(table["redshift"])) > 1
+
+
+def test_bad_objects_have_flags(coadd: MultibandCoadd, model: ModelPackage) -> None:
+    """Unknown, impossible and far-off conditions, and no place: flags."""
+    objects = make_objects(coadd, 7)
+    objects["i_cModelFlux"][0] = np.nan
+    objects["i_cModelFlux"][1] = -5.0
+    objects["photoz"][2] = -0.5
+    objects["radius"][3] = np.nan
+    objects["coord_ra"][4] = 151.0
+    objects["radius"][5] = 50.0
+    table = CvaeGalaxyTask(config=make_config(selection=[])).run(coadd, objects, model).cutouts
+    assert table["flag_not_drawn"].tolist() == [True] * 5 + [False] * 2
+    assert table["flag_outside"].tolist() == [False] * 5 + [True, False]
+    images = table["image"]
+    assert np.isnan(images[:5]).all()
+    assert np.isfinite(images[5:]).all()
+
+
+def test_no_objects(coadd: MultibandCoadd, model: ModelPackage) -> None:
+    """An empty table gives an empty table with all columns."""
+    task = CvaeGalaxyTask(config=make_config())
+    full, empty = (task.run(coadd, make_objects(coadd)[:n], model).cutouts for n in (2, 0))
+    assert empty.colnames == full.colnames
+    assert len(empty) == 0
+
+
+def test_other_models_are_refused(coadd: MultibandCoadd) -> None:
+    """Weights of a lens finder draw no galaxies."""
+    with pytest.raises(ModelPackageError, match="not a galaxy model"):
+        CvaeGalaxyTask(config=make_config()).run(coadd, make_objects(coadd), make_test_model())
+
+
+def run_pipeline(root: Path, name: str, output: str, inputs: list[str], **configs: Any) -> Butler:
+    """Run a pipeline of this package, with changes of configuration."""
+    pipeline = Pipeline.from_uri(f"{PIPELINES}/{name}.yaml")
+    for label, values in configs.items():
+        for key, value in values.items():
+            pipeline.addConfigOverride(label, key, value)
+    butler = SimplePipelineExecutor.prep_butler(str(root), inputs=inputs, output=output)
+    SimplePipelineExecutor.from_pipeline(pipeline, butler=butler).run(register_dataset_types=True)
+    return butler
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a repository of two small patches."""
+    root = tmp_path_factory.mktemp("repository") / "repo"
+    make_test_repository(root, bands="i", n_sources=40)
+    return root
+
+
+def test_pipelines(repository: Path) -> None:
+    """Both pipelines run one after the other, and a butler finds it all."""
+    config = TrainCvaeConfig()
+    set_small(config)
+    names = ["nGalaxies", "size", "width", "latents", "epochs", "batchSize", "maxMagnitude", "accelerator"]
+    small = {name: getattr(config, name) for name in names}
+    run_pipeline(repository, "train_galaxies", "models/cvae", ["test/coadds"], trainCvae=small)
+    selection = ["i_psfFlux > 0"]
+    butler = run_pipeline(
+        repository,
+        "generate_galaxies",
+        "galaxies",
+        ["test/coadds", "models/cvae"],
+        cvaeGalaxy={"selection": selection},
+    )
+    assert butler.get("galaxy_cvae_model")["architecture"][0].as_py() == ARCHITECTURE
+    tables = [butler.get(ref) for ref in butler.query_datasets("galaxy_cvae_cutouts")]
+    assert len(tables) == 2
+    assert sum(len(table) for table in tables) > 5
+    for table in tables:
+        assert table["flux"].unit == u.nJy
+        assert Cutouts.from_table(table).bands == ("i",)
+        drawn = ~np.asarray(table["flag_not_drawn"])
+        assert drawn.any()
+        assert np.isfinite(table["image"][drawn]).any()
+
+
+def test_wrong_columns_stop_the_run(repository: Path, model: ModelPackage) -> None:
+    """A column that the object table lacks is named, with near ones."""
+    butler = Butler.from_config(str(repository), writeable=True)
+    model_package.ingest_model(butler, model, run="models/test", dataset_type="galaxy_cvae_model")
+    with pytest.raises(InvalidQuantumError, match=r"no columns \['shape_x'\].*shape_xx"):
+        run_pipeline(
+            repository,
+            "generate_galaxies",
+            "wrong",
+            ["test/coadds", "models/test"],
+            cvaeGalaxy={"momentColumns": ["shape_x", "shape_yy"], "selection": []},
+        )
