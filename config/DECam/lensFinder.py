@@ -1,5 +1,5 @@
-# DECam: afw coadds of 0.263 arcsec pixels (stamps are resampled to the scale of
-# the model), and an object table by tract that holds duplicates and parents.
+# DECam: afw coadds of 0.263 arcsec pixels (stamps are resampled to the scale
+# of the model), and an object table by tract with duplicates and parents.
 config.connections.coadds = "deepCoadd_calexp"
 config.coaddStorageClass = "ExposureF"
 config.connections.objects = "objectTable_tract"

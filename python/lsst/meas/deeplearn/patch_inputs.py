@@ -133,7 +133,9 @@ class CoaddConfig(PipelineTaskConfig, pipelineConnections=CoaddConnections):
     @property
     def wanted_bands(self) -> list[str]:
         """Bands to read: those of the field ``bands``, or ``band``."""
-        return list(self.bands) if "bands" in self._fields else [self.band]
+        names = {"bands", "band"} & set(self.keys())
+        wanted = getattr(self, names.pop())
+        return [wanted] if isinstance(wanted, str) else list(wanted)
 
 
 class PatchConnections(CoaddConnections, dimensions=PATCH_DIMENSIONS):
