@@ -57,6 +57,9 @@ def test_ingest_and_list_models(repository: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     butler = Butler.from_config(str(repository), collections="models/test/v1")
     assert butler.get("deeplens_model")["name"].to_pylist() == ["test"]
+    again = run("ingest-deeplearn-model", repository, path, "--run", "models/test/v1")
+    assert again.exit_code == 1
+    assert "--run" in again.output
     listed = run("list-deeplearn-models", repository)
     assert listed.exit_code == 0, listed.output
     assert "models/test/v1" in listed.output

@@ -62,6 +62,7 @@ def ingest_deeplearn_model(repo: str, package: str, run: str | None, dataset_typ
     eups://meas_deeplearn/models/deeplens_gri.safetensors.
     """
     from lsst.daf.butler import Butler
+    from lsst.daf.butler.registry import ConflictingDefinitionError
 
     from .model_package import ModelPackage, ModelPackageError, ingest_model
 
@@ -70,7 +71,12 @@ def ingest_deeplearn_model(repo: str, package: str, run: str | None, dataset_typ
     except (FileNotFoundError, ModelPackageError) as err:
         raise click.ClickException(str(err)) from err
     with Butler.from_config(repo, writeable=True) as butler:
-        ref = ingest_model(butler, model, run=run, dataset_type=dataset_type)
+        try:
+            ref = ingest_model(butler, model, run=run, dataset_type=dataset_type)
+        except ConflictingDefinitionError as err:
+            raise click.ClickException(
+                "The run has a model package already; name another one with --run."
+            ) from err
     click.echo(f"Put {model.name} {model.version} into {ref.run} as {ref.datasetType.name}.")
 
 
