@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import platform
 import resource
 import tempfile
 import time
@@ -123,7 +122,7 @@ def timed(seconds: dict[str, float]) -> Iterator[None]:
 
     steps = (
         (MultibandCoadd, "read", "reading"),
-        (lens_finder_task.LensFinderTask, "_read_objects", "reading"),
+        (lens_finder_task, "read_objects", "reading"),
         (CutoutExtractor, "__init__", "cutting"),
         (CutoutExtractor, "extract", "cutting"),
         (lens_finder_task, "predict", "network"),
@@ -175,7 +174,7 @@ def main() -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     print(
         f"{args.objects} objects, {args.cells * 150} x {args.cells * 150} pixels, {len(BANDS)} bands, "
-        f"{args.cores} core(s), {args.precision}, {args.orientations} orientation(s), {platform.processor()}"
+        f"{args.cores} core(s), {args.precision}, {args.orientations} orientation(s)"
     )
     for name, value in seconds.items():
         print(f"{name:12}{value:8.2f} s {100 * value / total:6.1f} %")
