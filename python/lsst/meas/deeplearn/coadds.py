@@ -182,7 +182,15 @@ class CellPsf:
 
     @classmethod
     def from_images(cls, psf: PointSpreadFunction, bbox: Box) -> CellPsf:
-        """Wrap a PSF model of lsst.images."""
+        """Wrap a PSF model of lsst.images.
+
+        Parameters
+        ----------
+        psf
+            The PSF of a coadd of lsst.images.
+        bbox
+            Pixels of the coadd, for the cells of a PSF that brings none.
+        """
         bounds = psf.bounds if isinstance(psf, CellPointSpreadFunction) else _make_cells(bbox)
 
         def evaluate(*, x: float, y: float) -> np.ndarray:
@@ -193,6 +201,13 @@ class CellPsf:
     @classmethod
     def from_legacy(cls, psf: Any, bbox: Box) -> CellPsf:
         """Wrap an `lsst.afw.detection.Psf`.
+
+        Parameters
+        ----------
+        psf
+            The PSF of an afw coadd.
+        bbox
+            Pixels of the coadd, for the cells of a PSF that brings none.
 
         Notes
         -----

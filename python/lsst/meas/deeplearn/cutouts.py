@@ -118,6 +118,11 @@ class Cutouts:
     def select_bands(self, bands: Sequence[str]) -> Cutouts:
         """Return the cutouts of some of the bands, in their order.
 
+        Parameters
+        ----------
+        bands
+            Names of the bands.
+
         Raises
         ------
         ValueError
@@ -134,6 +139,11 @@ class Cutouts:
     @classmethod
     def concatenate(cls, parts: Sequence[Cutouts]) -> Cutouts:
         """Join cutouts of the same bands, sizes and pixel scale.
+
+        Parameters
+        ----------
+        parts
+            Cutouts, at least one.
 
         Raises
         ------
@@ -236,6 +246,11 @@ class Cutouts:
     @classmethod
     def from_table(cls, table: Table) -> Cutouts:
         """Make from a table written by `to_table`.
+
+        Parameters
+        ----------
+        table
+            Table with a row for each object, at least one.
 
         Raises
         ------

@@ -140,7 +140,15 @@ class Scene:
     """
 
     def get_psf(self, band: str, *, x: float, y: float) -> galsim.GSObject:
-        """Return the PSF at a position in pixels of the tract."""
+        """Return the PSF at a position in pixels of the tract.
+
+        Parameters
+        ----------
+        band
+            Name of the band.
+        x, y
+            Position in pixels of the tract.
+        """
         parameters = self.psf[band]
         row, column = (
             int(np.clip(round(position) // self.sky_map.cell_size, 0, n - 1))
@@ -152,6 +160,11 @@ class Scene:
         """Return row and column in the tract of the cells without data.
 
         One at a corner of the tract in all bands, and one more in the first.
+
+        Parameters
+        ----------
+        band
+            Name of the band.
         """
         rows, columns = self.psf[band].shape[:2]
         return [(rows - 1, columns - 1), *([(1, 1)] if band == self.bands[0] else [])]

@@ -170,7 +170,13 @@ class Footprints:
         return len(self.x)
 
     def sum_pixels(self, plane: np.ndarray) -> np.ndarray:
-        """Return the sums of a plane over each footprint."""
+        """Return the sums of a plane over each footprint.
+
+        Parameters
+        ----------
+        plane
+            Values of the pixels, shape ``(y, x)``.
+        """
         return np.bincount(self._owner, plane.ravel()[self._pixels], minlength=len(self) + 1)[1:]
 
 

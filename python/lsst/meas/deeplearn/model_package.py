@@ -119,7 +119,13 @@ class ModelSettings:
 
     @classmethod
     def from_json(cls, text: str) -> ModelSettings:
-        """Make from the JSON object that `to_json` returns."""
+        """Make from the JSON object that `to_json` returns.
+
+        Parameters
+        ----------
+        text
+            The JSON object.
+        """
         values = json.loads(text)
         return cls(
             bands=tuple(values["bands"]),
@@ -234,7 +240,13 @@ class ModelPackage:
         return package
 
     def write(self, path: Path | str) -> None:
-        """Write a ``.safetensors`` file."""
+        """Write a ``.safetensors`` file.
+
+        Parameters
+        ----------
+        path
+            File to write.
+        """
         Path(path).write_bytes(self.to_bytes())
 
     @classmethod
@@ -272,6 +284,11 @@ class ModelPackage:
     @classmethod
     def from_arrow(cls, table: pa.Table) -> ModelPackage:
         """Make from the table that `to_arrow` returns.
+
+        Parameters
+        ----------
+        table
+            Table with one row.
 
         Raises
         ------

@@ -82,6 +82,11 @@ _OPERATORS: Mapping[type, Callable[..., Any]] = {
 def column_names(expressions: Iterable[str]) -> set[str]:
     """Return the columns that expressions use.
 
+    Parameters
+    ----------
+    expressions
+        Expressions as for `select_objects`.
+
     Raises
     ------
     SelectionError

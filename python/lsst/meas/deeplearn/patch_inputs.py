@@ -65,7 +65,13 @@ PATCH_DIMENSIONS = ("skymap", "tract", "patch")
 
 
 class CoaddConnections(PipelineTaskConnections, dimensions=PATCH_DIMENSIONS):
-    """The coadds of a patch, in the bands that the configuration wants."""
+    """The coadds of a patch, in the bands that the configuration wants.
+
+    Parameters
+    ----------
+    config
+        Configuration of the task.
+    """
 
     coadds = cT.Input(
         doc="Coadds of the patch, a band each, calibrated to flux densities.",
@@ -139,7 +145,13 @@ class CoaddConfig(PipelineTaskConfig, pipelineConnections=CoaddConnections):
 
 
 class PatchConnections(CoaddConnections, dimensions=PATCH_DIMENSIONS):
-    """The coadds of a patch, and its objects."""
+    """The coadds of a patch, and its objects.
+
+    Parameters
+    ----------
+    config
+        Configuration of the task.
+    """
 
     objects = cT.Input(
         doc="Objects, with ICRS coordinates in degrees and fluxes in nJy.",

@@ -73,6 +73,11 @@ class Preprocessing:
     def from_settings(cls, settings: Mapping[str, Any]) -> Preprocessing:
         """Make from a mapping as `to_settings` returns it.
 
+        Parameters
+        ----------
+        settings
+            Values by name; those left out have their defaults.
+
         Raises
         ------
         ValueError

@@ -343,7 +343,15 @@ def register_dataset_types(butler: Butler) -> None:
 
 
 def make_region(sky_projection: SkyProjection[TractFrame], box: Box) -> ConvexPolygon:
-    """Return the region of the sky that a box of pixels covers."""
+    """Return the region of the sky that a box of pixels covers.
+
+    Parameters
+    ----------
+    sky_projection
+        Projection of the pixels.
+    box
+        The pixels.
+    """
     x = np.array([box.x.min - 0.5, box.x.max + 0.5, box.x.max + 0.5, box.x.min - 0.5])
     y = np.array([box.y.min - 0.5, box.y.min - 0.5, box.y.max + 0.5, box.y.max + 0.5])
     sky = sky_projection.pixel_to_sky(x=x, y=y)

@@ -218,7 +218,13 @@ class Galaxies:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Galaxies]) -> Galaxies:
-        """Join galaxies."""
+        """Join galaxies.
+
+        Parameters
+        ----------
+        parts
+            Galaxies, at least one part.
+        """
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
@@ -588,10 +594,12 @@ def draw_stars(
 
     Parameters
     ----------
-    image, band, get_psf
-        As for `draw_galaxies`.
+    image
+        Image in nJy, which is changed.
     stars
         The stars.
+    band, get_psf
+        As for `draw_galaxies`.
     """
     settings = SURVEY[band]
     for x, y, magnitude in zip(stars.x, stars.y, stars.magnitudes[band], strict=True):

@@ -82,13 +82,7 @@ class CvaeGalaxyConnections(
     dimensions=PATCH_DIMENSIONS,
     defaultTemplates={"outputName": "galaxy_cvae"},
 ):
-    """Datasets that `CvaeGalaxyTask` reads and writes.
-
-    Parameters
-    ----------
-    config
-        Configuration of the task.
-    """
+    """Datasets that `CvaeGalaxyTask` reads and writes."""
 
     model = cT.PrerequisiteInput(
         doc="Model package of the galaxies; its version is chosen by the order of input collections.",

@@ -641,7 +641,30 @@ def train(
 
     ROOT is where the archives were unpacked, CATALOG is classifications.csv,
     and PACKAGE is the model package to write (.safetensors).
-    """
+
+    \f
+
+    Parameters
+    ----------
+    root
+        Folder into which the archives were unpacked.
+    catalog
+        Key of the images.
+    package
+        Model package to write.
+    branch
+        One of `BRANCHES`.
+    zero_point
+        AB magnitude of a pixel value of 1.
+    limit
+        Number of objects, the first ones; `None` for all.
+    threads
+        Threads to use on a CPU.
+    epochs
+        Passes over the images; `None` for the configured number.
+    config_file
+        Files of overrides of `TrainLensFinderConfig`.
+    """  # noqa: D301
     from .train_lens_finder_task import TrainingSetError, TrainLensFinderConfig, TrainLensFinderTask
 
     config = TrainLensFinderConfig()
@@ -706,7 +729,32 @@ def score(
     ROOT is where the archives were unpacked, CATALOG is their key, and
     PACKAGES are model packages (.safetensors); the mean of their logits
     counts.
-    """
+
+    \f
+
+    Parameters
+    ----------
+    root
+        Folder into which the archives were unpacked.
+    catalog
+        Key of the images.
+    packages
+        Paths or URIs of model packages.
+    branch
+        One of `BRANCHES`.
+    zero_point
+        AB magnitude of a pixel value of 1.
+    limit
+        Number of objects, the first ones; `None` for all.
+    threads
+        Threads to use on a CPU.
+    output
+        File to write the scores to, or `None`.
+    orientations
+        Number of flips and rotations to average, 1 or 8.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
+    """  # noqa: D301
     config = InferenceConfig()
     config.update(device=device, averageOrientations=int(orientations))
     try:
@@ -736,7 +784,20 @@ def judge(catalog: Path, submission: Path, branch: str, cut: tuple[str, ...]) ->
     """Judge a file of scores, and print the table of the paper.
 
     CATALOG is the key of the images, SUBMISSION a file of IDs and scores.
-    """
+
+    \f
+
+    Parameters
+    ----------
+    catalog
+        Key of the images.
+    submission
+        File of IDs and scores.
+    branch
+        One of `BRANCHES`.
+    cut
+        Smallest values that lenses must have, as ``column=value``.
+    """  # noqa: D301
     try:
         cuts = {column: float(value) for column, _, value in (text.partition("=") for text in cut)}
         result = score_challenge(read_submission(submission), read_catalog(catalog), cuts=cuts)

@@ -153,6 +153,11 @@ class EvaluateLensFinderConnections(
     """Datasets that `EvaluateLensFinderTask` reads and writes.
 
     Each of ``config.models`` is one more input, ``model_0`` and so on.
+
+    Parameters
+    ----------
+    config
+        Configuration of the task.
     """
 
     examples = cT.Input(
@@ -969,7 +974,26 @@ class _MetricTable:
         unit: str = "",
         note: str = "",
     ) -> None:
-        """Add a row."""
+        """Add a row.
+
+        Parameters
+        ----------
+        classifier
+            Name of the lens finder; empty if the row is of none.
+        subset
+            Which examples.
+        metric
+            Name of the figure of merit; it starts with one of those that have
+            a description.
+        value
+            The figure, with its interval if it has one.
+        n_positive, n_negative
+            Number of lenses and of other examples.
+        unit
+            Unit of the figure; empty if it has none.
+        note
+            Remark on the figure.
+        """
         if not isinstance(value, Fraction):
             value = Fraction(value, math.nan, math.nan, 0)
         family = next(name for name in sorted(_DESCRIPTIONS, key=len)[::-1] if metric.startswith(name))
@@ -1001,7 +1025,21 @@ class _MetricTable:
         bounds: tuple[float, float] = (0.0, 1.0),
         note: str = "",
     ) -> None:
-        """Add a row from a value and its standard error."""
+        """Add a row from a value and its standard error.
+
+        Parameters
+        ----------
+        classifier, subset, metric
+            As for `add`.
+        result
+            Value and standard error; the error may be NaN.
+        n_positive, n_negative
+            As for `add`.
+        bounds
+            Smallest and largest value that the figure can have.
+        note
+            As for `add`.
+        """
         value, error = result
         low, high = (min(max(value + sign * 1.96 * error, bounds[0]), bounds[1]) for sign in (-1, 1))
         if math.isnan(error):
@@ -1009,7 +1047,15 @@ class _MetricTable:
         self.add(classifier, subset, metric, Fraction(value, low, high, 0), n_positive, n_negative, note=note)
 
     def add_completeness(self, classifier: str, cells: CompletenessMap) -> None:
-        """Add the cells of a map that have lenses."""
+        """Add the cells of a map that have lenses.
+
+        Parameters
+        ----------
+        classifier
+            Name of the lens finder.
+        cells
+            Map by Einstein radius and signal to noise of the arcs.
+        """
         low, high = cells.interval
         for row, column in zip(*np.nonzero(cells.n), strict=True):
             (x0, x1), (y0, y1) = cells.x_edges[column : column + 2], cells.y_edges[row : row + 2]

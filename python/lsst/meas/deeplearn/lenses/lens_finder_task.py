@@ -92,7 +92,13 @@ class LensFinderConnections(
     dimensions=PATCH_DIMENSIONS,
     defaultTemplates={"outputName": "lens"},
 ):
-    """Datasets that `LensFinderTask` reads and writes."""
+    """Datasets that `LensFinderTask` reads and writes.
+
+    Parameters
+    ----------
+    config
+        Configuration of the task.
+    """
 
     model = cT.PrerequisiteInput(
         doc="Model package of the network; its version is chosen by the order of input collections.",

@@ -81,13 +81,7 @@ class SimulateLensesConnections(
     dimensions=PATCH_DIMENSIONS,
     defaultTemplates={"outputName": "lens"},
 ):
-    """Datasets that `SimulateLensesTask` reads and writes.
-
-    Parameters
-    ----------
-    config
-        Configuration of the task.
-    """
+    """Datasets that `SimulateLensesTask` reads and writes."""
 
     examples = cT.Output(
         doc="Stamps of galaxies with and without lensed arcs, a row each: those of Cutouts.to_table, and "

@@ -129,6 +129,11 @@ class ShearSums:
     def concatenate(cls, parts: Sequence[ShearSums]) -> ShearSums:
         """Join blocks; those of the same number are added up.
 
+        Parameters
+        ----------
+        parts
+            Sums, at least one.
+
         Raises
         ------
         ValueError
@@ -175,6 +180,11 @@ class ShearSums:
     @classmethod
     def from_table(cls, table: Table) -> ShearSums:
         """Make from rows written by `to_table`, in any order.
+
+        Parameters
+        ----------
+        table
+            Table with a row for each block, arm and version.
 
         Raises
         ------
@@ -297,7 +307,13 @@ def fit_bias(
             raise ValueError("Samples can be compared if they have the same arms and blocks.")
 
     def compute(factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return parameters and responses, blocks weighted by factors."""
+        """Return parameters and responses, blocks weighted by factors.
+
+        Parameters
+        ----------
+        factors
+            Weights of the blocks in each repetition, shape ``(R, B)``.
+        """
         fits = [model.fit(np.tensordot(factors, sample.values, axes=1)) for sample in samples]
         parameters = fits[0][0] if len(fits) == 1 else fits[0][0] - fits[1][0]
         return parameters, np.concatenate([response for _, response in fits], axis=-2)

@@ -179,7 +179,17 @@ class _NoisyMoments:
         self._normal = draw_normal(galaxies, shape) if n_realizations else np.empty(0)
 
     def measure(self, estimator: LinearEstimator, stamps: np.ndarray, psf: np.ndarray) -> Shapes:
-        """Return the shapes, the realisations of a stamp side by side."""
+        """Return the shapes, the realisations of a stamp side by side.
+
+        Parameters
+        ----------
+        estimator
+            Estimator to measure with.
+        stamps
+            Stamps without noise, shape ``(N, y, x)``.
+        psf
+            Image of a star centred on a pixel, shape ``(y, x)``.
+        """
         moments, _ = estimator.compute_moments(stamps, psf)
         noise, covariances = estimator.draw_noise_moments(psf, self._normal, fixnoise=self._fixnoise)
         noisy = moments[:, None] + self._sigma * noise.reshape(len(stamps), -1, N_MOMENTS)

@@ -75,15 +75,43 @@ class LinearEstimator(ShearEstimator, Protocol):
     """
 
     def compute_moments(self, images: np.ndarray, psf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the moments of stamps, and their noise."""
+        """Return the moments of stamps, and their noise.
+
+        Parameters
+        ----------
+        images
+            Stamps, shape ``(N, y, x)``.
+        psf
+            As for `ShearEstimator.measure`.
+        """
 
     def draw_noise_moments(
         self, psf: np.ndarray, normal: np.ndarray, *, fixnoise: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return moments of noise, and their covariances."""
+        """Return moments of noise, and their covariances.
+
+        Parameters
+        ----------
+        psf
+            Image of a star centred on a pixel, shape ``(y, x)``.
+        normal
+            Standard normal numbers, one for each moment in the last axis.
+        fixnoise
+            Whether to include the noise that is added to keep the response
+            right.
+        """
 
     def compute_shapes(self, moments: np.ndarray, noise: np.ndarray) -> Shapes:
-        """Return the shapes that follow from moments."""
+        """Return the shapes that follow from moments.
+
+        Parameters
+        ----------
+        moments
+            Moments as from `compute_moments`, a row for each stamp.
+        noise
+            Their covariances as from `compute_moments`, times the variance of
+            the noise in a pixel.
+        """
 
 
 class Regauss:

@@ -106,6 +106,11 @@ class Shapes:
     def concatenate(cls, parts: list[Shapes]) -> Shapes:
         """Join shapes that were measured with the same step.
 
+        Parameters
+        ----------
+        parts
+            Shapes, at least one part.
+
         Raises
         ------
         ValueError
