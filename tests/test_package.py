@@ -39,7 +39,7 @@ SOURCES = sorted(
     path
     for pattern in (
         *(f"{folder}/**/*.py" for folder in ("python", "config", "tests", "benchmarks")),
-        *("doc/conf.py", "bin/*", "ups/*", "SConstruct", "tests/SConscript", ".ci/run"),
+        *("doc/conf.py", "bin/run-*", "bin/*.bash", "ups/*", "SConstruct", "tests/SConscript", ".ci/run"),
     )
     for path in TOP.glob(pattern)
     if path.is_file()
