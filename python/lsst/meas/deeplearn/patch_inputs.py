@@ -139,9 +139,9 @@ class CoaddConfig(PipelineTaskConfig, pipelineConnections=CoaddConnections):
     @property
     def wanted_bands(self) -> list[str]:
         """Bands to read: those of the field ``bands``, or ``band``."""
-        names = {"bands", "band"} & set(self.keys())
-        wanted = getattr(self, names.pop())
-        return [wanted] if isinstance(wanted, str) else list(wanted)
+        if "bands" in self.keys():
+            return list(getattr(self, "bands"))
+        return [getattr(self, "band")]
 
 
 class PatchConnections(CoaddConnections, dimensions=PATCH_DIMENSIONS):
