@@ -21,6 +21,8 @@
 
 """Tests of the likelihood ratios of scores."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -68,3 +70,18 @@ def test_score_calibration_from_roc() -> None:
     for rates in ([0.5, 0.9], [0.1, 0.2]), ([0.9, 0.5], [0.2, 1.1]), ([0.9, np.nan], [0.2, 0.1]):
         with pytest.raises(ValueError, match="ROC"):
             ScoreCalibration.from_roc([0.5, 0.9], *rates, n_lens=10, n_not=10)
+
+
+def test_score_calibration_to_dict() -> None:
+    """A calibration survives the record of a model package; a damaged one is
+    refused.
+    """
+    calibration = ScoreCalibration.from_roc([0.2, 0.5], [0.95, 0.9], [0.3, 0.1], n_lens=100, n_not=200)
+    again = ScoreCalibration.from_dict(json.loads(json.dumps(calibration.to_dict())))
+    x = np.linspace(0, 1, 7)
+    np.testing.assert_array_equal(again.compute_log_ratio(x), calibration.compute_log_ratio(x))
+    for key, value in {"n_lens": [1.0], "thresholds": [0.5, 0.2], "n_not": ["a", "b", "c"]}.items():
+        with pytest.raises(ValueError, match="calibration"):
+            ScoreCalibration.from_dict(calibration.to_dict() | {key: value})
+    with pytest.raises(ValueError, match="thresholds, n_lens and n_not"):
+        ScoreCalibration.from_dict({})

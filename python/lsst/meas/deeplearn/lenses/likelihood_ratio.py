@@ -32,7 +32,8 @@ from __future__ import annotations
 __all__ = ("ScoreCalibration",)
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -134,6 +135,39 @@ class ScoreCalibration:
         values, index = np.unique(scores, return_inverse=True)
         counts = [np.bincount(index, weights=kind, minlength=len(values)) for kind in (is_lens, ~is_lens)]
         return cls(values[1:], counts[0], counts[1])._merge(min_count)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ScoreCalibration:
+        """Make from what `to_dict` returned.
+
+        Parameters
+        ----------
+        content
+            Entry ``calibration`` of the record of a model package.
+
+        Raises
+        ------
+        ValueError
+            Raised if entries are missing or do not fit each other.
+        """
+        try:
+            arrays = [np.asarray(content[key], dtype=np.float64) for key in ("thresholds", "n_lens", "n_not")]
+        except (KeyError, TypeError, ValueError) as err:
+            raise ValueError("A calibration has lists of numbers thresholds, n_lens and n_not.") from err
+        thresholds, n_lens, n_not = arrays
+        if not (thresholds.ndim == 1 and n_lens.shape == n_not.shape == (len(thresholds) + 1,)):
+            raise ValueError("A calibration has one bin more than it has thresholds.")
+        if (np.diff(thresholds) <= 0).any() or (n_lens < 0).any() or (n_not < 0).any():
+            raise ValueError("The thresholds of a calibration rise, and its counts are not negative.")
+        return cls(thresholds, n_lens, n_not)
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """Return what can be written as JSON; see `from_dict`."""
+        return {
+            "thresholds": self.thresholds.tolist(),
+            "n_lens": self.n_lens.tolist(),
+            "n_not": self.n_not.tolist(),
+        }
 
     def _merge(self, min_count: float) -> ScoreCalibration:
         """Join bins until counts are large enough and ratios rise."""
