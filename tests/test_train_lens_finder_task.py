@@ -39,6 +39,7 @@ from lsst.meas.deeplearn.cutouts import Cutouts
 from lsst.meas.deeplearn.detection import detect_objects
 from lsst.meas.deeplearn.lenses.simulate_lenses_task import (
     EXAMPLE_COLUMNS,
+    SPLITS,
     NonLensConfig,
     SimulateLensesConfig,
     SimulateLensesTask,
@@ -66,8 +67,9 @@ SIMULATION = {
     "arcsPerHost": 2,
     "minArcSnr": 2.0,
     "nonLensRatio": 1.0,
-    "validationFraction": 0.3,
-    "testFraction": 0.3,
+    "validationFraction": 0.25,
+    "calibrationFraction": 0.1,
+    "testFraction": 0.25,
     "blockSize": 8.0,
 }
 """Configuration of a small simulation."""
@@ -175,10 +177,12 @@ def test_split_goes_by_the_sky() -> None:
     """Neighbours share a split, fractions are those asked for."""
     rng = np.random.default_rng(0)
     ra, dec = rng.uniform(150, 152, 20_000), rng.uniform(-30, -28, 20_000)
-    split = compute_split(ra, dec, validation=0.2, test=0.1)
-    assert (split == "validation").mean() == pytest.approx(0.2, abs=0.02)
-    assert (split == "test").mean() == pytest.approx(0.1, abs=0.02)
-    moved = compute_split(ra, dec + 1 / 3600, validation=0.2, test=0.1)
+    fractions = {"validation": 0.2, "calibration": 0.15, "test": 0.1}
+    split = compute_split(ra, dec, **fractions)
+    for name, fraction in fractions.items():
+        assert (split == name).mean() == pytest.approx(fraction, abs=0.02)
+    assert set(split) == set(SPLITS)
+    moved = compute_split(ra, dec + 1 / 3600, **fractions)
     assert (moved == split).mean() > 0.97
 
 

@@ -59,8 +59,12 @@ from ..patch_inputs import PATCH_DIMENSIONS, PatchConfig, PatchConnections, comp
 if TYPE_CHECKING:
     pass
 
-SPLITS = ("train", "validation", "test")
-"""Values of the column ``split``."""
+SPLITS = ("train", "validation", "calibration", "test")
+"""Values of the column ``split``: to train, to choose epochs and settings, to
+turn scores into probabilities, and to measure."""
+
+SPLIT_DTYPE = "U11"
+"""Type of that column."""
 
 EXAMPLE_COLUMNS: tuple[tuple[str, u.UnitBase | None, str], ...] = (
     ("label", None, "Whether there are lensed arcs in the stamp"),
@@ -70,7 +74,7 @@ EXAMPLE_COLUMNS: tuple[tuple[str, u.UnitBase | None, str], ...] = (
     ("einstein_radius", u.arcsec, "Einstein radius; NaN without lens"),
     ("magnification", None, "Flux of all images over that of the source; NaN without lens"),
     ("arc_snr", None, "Signal to noise of the arcs as LensPop defines it, best band; NaN without lens"),
-    ("split", None, "'train', 'validation' or 'test', by the place on the sky"),
+    ("split", None, "'train', 'validation', 'calibration' or 'test', by the place on the sky"),
     ("seed", None, "Seed of the simulation of this patch"),
 )
 """Name, unit and description of what is added to the columns of `Cutouts`."""
@@ -142,7 +146,7 @@ class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnec
         dtype=int,
         doc="Side of the stamps in pixels, odd; larger than what a network sees by twice the largest shift "
         "of its training.",
-        default=51,
+        default=55,
         min=15,
     )
     psfSize = RangeField(dtype=int, doc="Side of the PSF kernels in pixels, odd.", default=25, min=3)
@@ -197,6 +201,13 @@ class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnec
         min=0.0,
         max=1.0,
     )
+    calibrationFraction = RangeField(
+        dtype=float,
+        doc="Fraction of the sky whose examples turn scores into probabilities.",
+        default=0.1,
+        min=0.0,
+        max=1.0,
+    )
     testFraction = RangeField(
         dtype=float,
         doc="Fraction of the sky whose examples are for the test.",
@@ -239,9 +250,11 @@ class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnec
             raise FieldValidationError(
                 self.__class__.momentColumns, self, "Three columns are needed, xx, yy and xy, or none."
             )
-        if self.validationFraction + self.testFraction > 1:
+        if self.validationFraction + self.calibrationFraction + self.testFraction > 1:
             raise FieldValidationError(
-                self.__class__.testFraction, self, "Validation and test are more than the whole sky."
+                self.__class__.testFraction,
+                self,
+                "Validation, calibration and test are more than the whole sky.",
             )
         try:
             column_names([expression for selection in self.selections for expression in selection])
@@ -346,6 +359,7 @@ class SimulateLensesTask(PipelineTask):
             np.asarray(examples["ra"]),
             np.asarray(examples["dec"]),
             validation=self.config.validationFraction,
+            calibration=self.config.calibrationFraction,
             test=self.config.testFraction,
             block_size=self.config.blockSize,
         )
@@ -471,9 +485,15 @@ class SimulateLensesTask(PipelineTask):
 
 
 def compute_split(
-    ra: np.ndarray, dec: np.ndarray, *, validation: float, test: float, block_size: float = 60.0
+    ra: np.ndarray,
+    dec: np.ndarray,
+    *,
+    validation: float,
+    calibration: float,
+    test: float,
+    block_size: float = 60.0,
 ) -> np.ndarray:
-    """Return the split of positions: ``train``, ``validation`` or ``test``.
+    """Return which of `SPLITS` positions belong to.
 
     Whole blocks of sky go into one split, so that a galaxy, its stamps in
     overlapping patches, and its neighbours do not leak from one into another
@@ -483,8 +503,8 @@ def compute_split(
     ----------
     ra, dec
         ICRS coordinates in degrees.
-    validation, test
-        Fractions of the sky.
+    validation, calibration, test
+        Fractions of the sky; the rest is for training.
     block_size
         Side of the blocks in arcsec.
     """
@@ -493,8 +513,9 @@ def compute_split(
     column = np.floor(ra * shrink * 3600 / block_size).astype(np.int64)
     blocks, inverse = np.unique(np.stack([row, column], axis=1), axis=0, return_inverse=True)
     place = np.array([compute_seed("split", *block) / 2**62 for block in blocks.tolist()])
-    split = np.where(place < test, "test", np.where(place < test + validation, "validation", "train"))
-    return np.asarray(split.astype("U10")[inverse.ravel()])
+    names = np.array(["test", "validation", "calibration", "train"], dtype=SPLIT_DTYPE)
+    split = np.searchsorted(np.cumsum([test, validation, calibration]), place, side="right")
+    return np.asarray(names[split][inverse.ravel()])
 
 
 def _make_examples(
@@ -517,7 +538,7 @@ def _make_examples(
         "einstein_radius": np.full(n, einstein_radius, dtype=np.float32),
         "magnification": np.full(n, magnification, dtype=np.float32),
         "arc_snr": np.full(n, arc_snr, dtype=np.float32),
-        "split": np.full(n, "", dtype="U10"),
+        "split": np.full(n, "", dtype=SPLIT_DTYPE),
         "seed": np.zeros(n, dtype=np.int64),
     }
     table = cutouts.to_table()

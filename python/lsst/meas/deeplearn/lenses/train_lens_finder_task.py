@@ -301,7 +301,8 @@ class TrainLensFinderTask(PipelineTask):
         if not parts:
             raise TrainingSetError("The training set is empty.")
         data = TrainingSet.concatenate(parts)
-        for split in SPLITS:
+        # Calibration comes after the training.
+        for split in ("train", "validation", "test"):
             labels = data.label[data.split == split]
             if labels.all() or not labels.any():
                 raise TrainingSetError(
