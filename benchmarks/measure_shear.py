@@ -40,12 +40,15 @@ import galsim
 import numpy as np
 import torch
 
+from lsst.meas.deeplearn.galaxies.render import FineImages, Renderer
 from lsst.meas.deeplearn.shear.estimators import Regauss
 from lsst.meas.deeplearn.shear.metacal import Metacalibration
+from lsst.meas.deeplearn.shear.morphologies import ParametricGalaxies, make_profile
 from lsst.meas.deeplearn.shear.shapes import STEPS
-from lsst.meas.deeplearn.shear.simulation import GalaxySample, Scene, draw_stamps, make_profile
+from lsst.meas.deeplearn.shear.simulation import GalaxySample, Scene, draw_stamps
 
 PIXEL_SCALE, TARGET_FWHM, WEIGHT_FWHM, STEP = 0.2, 0.85, 1.2, 0.01
+ARM = (0.02, 0.01, 0.0, 0.0)
 SHEARS = dict(zip(STEPS, ((0, 0), (STEP, 0), (-STEP, 0), (0, STEP), (0, -STEP)), strict=True))
 
 
@@ -68,6 +71,13 @@ def measure_by_galsim(stamps: np.ndarray, psf: np.ndarray) -> np.ndarray:
             flux, plus, cross = (polynomials * pixels).sum(axis=(1, 2))
             ellipticities.append((plus / flux, cross / flux))
     return np.array(ellipticities).reshape(len(stamps), len(SHEARS), 2)
+
+
+def draw_by_galsim(profiles: list[galsim.GSObject], scene: Scene) -> None:
+    """Draw galaxies under shear one after the other."""
+    for profile in profiles:
+        sheared = galsim.Convolve(profile.shear(g1=ARM[0], g2=ARM[1]), scene.psf)
+        sheared.drawImage(nx=scene.stamp_size, ny=scene.stamp_size, scale=PIXEL_SCALE, method="no_pixel")
 
 
 def compute_rate(function: Callable[[], object], n: int, clock: Callable[[], float], seconds: float) -> float:
@@ -94,10 +104,15 @@ def main() -> None:
 
     galaxies = GalaxySample.draw(np.arange(64), seed=1)
     scene = Scene(galsim.Moffat(beta=2.5, fwhm=0.7).shear(g1=0.02, g2=-0.02), PIXEL_SCALE, args.size)
-    profiles = [make_profile(galaxies, k, "sersic") for k in range(len(galaxies))]
-    few = draw_stamps(profiles, galaxies, scene, np.zeros(4))[:, 0]
+    images = ParametricGalaxies("sersic").draw(galaxies)
+    few = draw_stamps(images, galaxies, scene, np.zeros(4))[:, 0]
     many = np.resize(few, (args.stamps, *few.shape[1:]))
     noise = np.random.default_rng(1).standard_normal(many.shape, dtype=np.float32)
+    profiles = [make_profile(galaxies, k, "sersic") for k in range(len(galaxies))]
+    # Like those of a network or of Hubble.
+    small = FineImages(np.stack([p.drawImage(nx=65, ny=65, scale=0.06).array for p in profiles]), 0.06)
+    pictures = [galsim.InterpolatedImage(galsim.Image(array, scale=0.06)) for array in small.array]
+    renderer = Renderer(scene.psf, small, size=args.size, pixel_scale=PIXEL_SCALE, shear=ARM[:2])
     psf = scene.draw_psf()
     psfs = np.repeat(psf[None].astype(np.float32), len(many), axis=0)
     metacal = Metacalibration(
@@ -119,7 +134,10 @@ def main() -> None:
             n,
         ),
         "metacalibration, PSF of each": (lambda: metacal.measure(many, psfs, noise_sigma=1.0), n),
-        "drawing with GalSim": (lambda: draw_stamps(profiles, galaxies, scene, np.zeros(4)), 2 * m),
+        "drawing by GalSim, profiles": (lambda: draw_by_galsim(profiles, scene), m),
+        "drawing by GalSim, images": (lambda: draw_by_galsim(pictures, scene), m),
+        "drawing in batches, images": (lambda: renderer.draw(small), m),
+        "drawing in batches, profiles": (lambda: draw_stamps(images, galaxies, scene, ARM), 2 * m),
     }
     print(f"{args.size} x {args.size} pixels, {args.device}, {torch.get_num_threads()} core")
     reference = 0.0

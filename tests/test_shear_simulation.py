@@ -24,28 +24,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import galsim
 import numpy as np
 import pytest
+import torch
 from astropy.table import Table
 
+from lsst.meas.deeplearn.galaxies.conditions import ARCHITECTURE, ConditionSpace
+from lsst.meas.deeplearn.galaxies.cvae import Cvae
+from lsst.meas.deeplearn.model_package import ModelPackage, ModelSettings
 from lsst.meas.deeplearn.shear.bias import ShearBias, ShearSums, fit_bias
 from lsst.meas.deeplearn.shear.calibration import Bin, compute_shear_sums
 from lsst.meas.deeplearn.shear.estimators import LinearEstimator, Regauss, ShearEstimator
 from lsst.meas.deeplearn.shear.metacal import Metacalibration
+from lsst.meas.deeplearn.shear.morphologies import (
+    PARAMETRIC,
+    CvaeGalaxies,
+    ParametricGalaxies,
+    RealGalaxies,
+    make_profile,
+)
 from lsst.meas.deeplearn.shear.shapes import Shapes
 from lsst.meas.deeplearn.shear.simulation import (
-    MORPHOLOGIES,
     GalaxySample,
-    RealGalaxies,
     Scene,
     draw_stamps,
     make_arms,
     make_noise,
-    make_profile,
     make_psf_from_kernel,
 )
 
@@ -76,7 +83,7 @@ def make_sums(
     parts = [
         compute_shear_sums(
             galaxies[block::n_blocks],
-            partial(make_profile, morphology=morphology),
+            ParametricGalaxies(morphology),
             scene,
             arms,
             estimators={"metacal": make_metacalibration()} if estimators is None else estimators,
@@ -123,7 +130,7 @@ def test_sample_is_like_the_sky() -> None:
     assert set(chosen.magnitude) == {21.0, 22.0, 23.5}
 
 
-@pytest.mark.parametrize("morphology", MORPHOLOGIES)
+@pytest.mark.parametrize("morphology", PARAMETRIC)
 def test_morphologies_are_matched(morphology: str) -> None:
     """All have a flux of one and the half-light radius of the sample."""
     galaxies = GalaxySample.draw(np.arange(3), seed=2)
@@ -157,10 +164,38 @@ def test_second_rotation_is_turned_by_90_degrees() -> None:
     """With a round PSF and no shear, one is the other turned, offset too."""
     scene = Scene(galsim.Moffat(beta=3.0, fwhm=0.7), SCALE)
     galaxies = GalaxySample.draw(np.arange(3), seed=1)
-    profiles = [make_profile(galaxies, k, "sersic") for k in range(3)]
-    stamps = draw_stamps(profiles, galaxies, scene, np.zeros(4))
+    stamps = draw_stamps(ParametricGalaxies("sersic").draw(galaxies), galaxies, scene, np.zeros(4))
     turned = np.rot90(stamps[:, 0], -1, axes=(1, 2))
     np.testing.assert_allclose(stamps[:, 1], turned, atol=1e-4 * stamps.max())
+
+
+def test_stamps_are_those_of_galsim() -> None:
+    """Shear, PSF, offset, rotation and flux are those that GalSim draws."""
+    galaxies = GalaxySample.draw(np.arange(4), seed=1)
+    scene = Scene(PSF, SCALE)
+    for arm in make_arms((0.05,), (0.05,)):
+        stamps = draw_stamps(ParametricGalaxies("sersic").draw(galaxies), galaxies, scene, arm)
+        for k in range(len(galaxies)):
+            dx, dy = SCALE * galaxies.offset[k]
+            for turns, (x, y) in enumerate(((dx, dy), (-dy, dx))):
+                galaxy = make_profile(galaxies, k, "sersic").rotate(90 * turns * galsim.degrees)
+                sheared = galaxy.shear(g1=arm[0], g2=arm[1]).shift(x, y) * galaxies.flux[k]
+                expected = galsim.Convolve(sheared, PSF.shear(g1=arm[2], g2=arm[3])).drawImage(
+                    nx=63, ny=63, scale=SCALE, method="no_pixel"
+                )
+                np.testing.assert_allclose(stamps[k, turns], expected.array, atol=1e-3 * stamps.max())
+
+
+def test_noise_has_the_given_correlation() -> None:
+    """Neighbouring pixels are correlated as asked, with the same variance."""
+    correlation = np.zeros((3, 3))
+    correlation[1], correlation[1, 1] = 0.3, 1.0
+    scene = Scene(PSF, SCALE, noise_sigma=2.0, noise_correlation=correlation)
+    noise = make_noise(GalaxySample.draw(np.arange(30), seed=1), scene)
+    assert noise.shape == (30, 2, 63, 63)
+    assert noise.std() == pytest.approx(2.0, rel=0.01)
+    assert np.mean(noise[..., 1:] * noise[..., :-1]) / 4 == pytest.approx(0.3, abs=0.01)
+    assert np.mean(noise[..., 1:, :] * noise[..., :-1, :]) / 4 == pytest.approx(0.0, abs=0.01)
 
 
 def test_psf_from_a_kernel() -> None:
@@ -177,9 +212,7 @@ def test_estimators_have_one_interface() -> None:
     assert [isinstance(estimator, LinearEstimator) for estimator in estimators] == [True, False]
     galaxies = GalaxySample.draw(np.arange(4), seed=1)
     scene = Scene(PSF, SCALE)
-    stamps = draw_stamps(
-        [make_profile(galaxies, k, "sersic") for k in range(4)], galaxies, scene, np.zeros(4)
-    )[:, 0]
+    stamps = draw_stamps(ParametricGalaxies("sersic").draw(galaxies), galaxies, scene, np.zeros(4))[:, 0]
     for estimator in estimators:
         shapes = estimator.measure(stamps, scene.draw_psf(), noise_sigma=1.0)
         assert isinstance(shapes, Shapes)
@@ -268,7 +301,7 @@ def test_real_galaxies(tmp_path: Path) -> None:
     assert profile == catalog.make_profile(galaxies[2:], 0)
     sums = compute_shear_sums(
         galaxies,
-        catalog.make_profile,
+        catalog,
         Scene(PSF, SCALE),
         make_arms((0.02,)),
         estimators={"metacal": make_metacalibration()},
@@ -278,6 +311,50 @@ def test_real_galaxies(tmp_path: Path) -> None:
     bias = fit(sums)
     assert bias.reason == "one block has no error"
     assert abs(bias.values["m1"]) < 5e-3
+
+
+def make_galaxy_model(size: int = 64, pixel_scale: float = 0.06) -> ModelPackage:
+    """Return a conditional VAE with random weights."""
+    conditions = [[r, m, z] for r in (0.1, 1.0) for m in (18.0, 26.0) for z in (0.01, 4.0)]
+    network = {
+        "conditions": ConditionSpace.fit(np.array(conditions)).to_settings(),
+        "pixel_scale": pixel_scale,
+        "size": size,
+        "width": 2,
+        "latents": 4,
+    }
+    torch.manual_seed(3)
+    cvae = Cvae(**network)  # type: ignore[arg-type]
+    return ModelPackage(
+        name="test",
+        version="1",
+        architecture=ARCHITECTURE,
+        settings=ModelSettings(
+            bands=("F814W",), pixel_scale=pixel_scale, stamp_size=size + 1, network=network
+        ),
+        weights={key: value.numpy() for key, value in cvae.state_dict().items()},
+    )
+
+
+def test_galaxies_of_a_network() -> None:
+    """They have unit flux, follow their IDs, and measure the shear."""
+    galaxies = GalaxySample.draw(np.arange(6), seed=1)
+    morphology = CvaeGalaxies(make_galaxy_model())
+    images = morphology.draw(galaxies)
+    assert (images.array.shape, images.pixel_scale) == ((6, 33, 33), 0.12)
+    np.testing.assert_allclose(images.array.sum(axis=(1, 2)), 1.0, rtol=0.02)
+    np.testing.assert_array_equal(morphology.draw(galaxies[3:]).array, images.array[3:])
+    assert not np.allclose(images.array[0], images.array[1])
+    sums = compute_shear_sums(
+        galaxies,
+        morphology,
+        Scene(PSF, SCALE),
+        make_arms((0.02,)),
+        estimators={"metacal": make_metacalibration()},
+        bins=ALL,
+        block=0,
+    )
+    assert abs(fit(sums).values["m1"]) < 2e-3
 
 
 def make_real_catalog(folder: Path) -> str:

@@ -26,13 +26,13 @@ from __future__ import annotations
 __all__ = ("Bin", "compute_shear_sums")
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import galsim
 import numpy as np
 
 from .bias import ShearSums
 from .estimators import LinearEstimator, ShearEstimator
+from .morphologies import Morphology
 from .shapes import N_MOMENTS, STEPS, Shapes
 from .simulation import GalaxySample, Scene, draw_normal, draw_stamps, make_noise
 
@@ -91,7 +91,7 @@ class Bin:
 
 def compute_shear_sums(
     galaxies: GalaxySample,
-    make_profile: Callable[[GalaxySample, int], galsim.GSObject],
+    morphology: Morphology,
     scene: Scene,
     arms: np.ndarray,
     *,
@@ -107,9 +107,8 @@ def compute_shear_sums(
     ----------
     galaxies
         The galaxies; the noiseless stamps of one arm are held in memory.
-    make_profile
-        Function that returns a galaxy of unit flux, given the sample and an
-        index.
+    morphology
+        What they look like.
     scene
         PSF, pixels and noise.
     arms
@@ -133,7 +132,7 @@ def compute_shear_sums(
     sums
         Sums by the names of estimator and bin.
     """
-    profiles = [make_profile(galaxies, k) for k in range(len(galaxies))]
+    images = morphology.draw(galaxies)
     size = scene.stamp_size
     noise = extra = None
     if scene.noise_sigma > 0:
@@ -142,7 +141,7 @@ def compute_shear_sums(
     moments = _NoisyMoments(galaxies, scene, n_realizations, fixnoise)
     shapes: dict[str, list[Shapes]] = {name: [] for name in estimators}
     for arm in arms:
-        clean = draw_stamps(profiles, galaxies, scene, arm).reshape(-1, size, size)
+        clean = draw_stamps(images, galaxies, scene, arm).reshape(-1, size, size)
         noisy = clean if noise is None else clean + noise
         psf = scene.draw_psf(arm)
         for name, estimator in estimators.items():

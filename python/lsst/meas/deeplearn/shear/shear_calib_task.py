@@ -26,7 +26,6 @@ from __future__ import annotations
 __all__ = ("ShearCalibConfig", "ShearCalibConnections", "ShearCalibError", "ShearCalibTask")
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -255,7 +254,8 @@ class ShearCalibTask(PipelineTask):
         # These load torch.
         from .calibration import compute_shear_sums
         from .metacal import Metacalibration, compute_target_fwhm
-        from .simulation import GalaxySample, Scene, make_arms, make_profile, make_psf_from_kernel
+        from .morphologies import ParametricGalaxies
+        from .simulation import GalaxySample, Scene, make_arms, make_psf_from_kernel
 
         config = self.config
         kernels, noise_sigmas = self._find_places(coadd, np.random.default_rng(seed))
@@ -298,7 +298,7 @@ class ShearCalibTask(PipelineTask):
                     try:
                         sums = compute_shear_sums(
                             galaxies,
-                            partial(make_profile, morphology=morphology),
+                            ParametricGalaxies(morphology),
                             scene,
                             arms,
                             estimators=estimators,

@@ -31,40 +31,31 @@ that draw them do not matter.
 from __future__ import annotations
 
 __all__ = (
-    "MORPHOLOGIES",
     "GalaxySample",
-    "RealGalaxies",
     "Scene",
+    "Stream",
+    "correlate_noise",
     "draw_normal",
     "draw_stamps",
     "make_arms",
     "make_noise",
-    "make_profile",
     "make_psf_from_kernel",
+    "make_rng",
 )
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 
 import galsim
 import numpy as np
-from scipy.special import gammainc, gammaincinv
 
+from ..galaxies.fourier import compute_noise_power
+from ..galaxies.render import FineImages, Renderer
 from ..scene import AB_ZERO_POINT, compute_half_light_radius
 
-BULGE_SIZE = 0.4
-"""Half-light radius of a bulge in units of that of the disk."""
 
-KNOT_FRACTION = 0.3
-"""Share of the light of a disk that is in knots."""
-
-N_KNOTS = 20
-"""Number of knots of a disk."""
-
-
-class _Stream(IntEnum):
+class Stream(IntEnum):
     """What random numbers are for; each has a stream of its own."""
 
     GALAXY = 0
@@ -72,6 +63,8 @@ class _Stream(IntEnum):
     NOISE = 2
     FIXNOISE = 3
     MOMENTS = 4
+    MORPHOLOGY = 5
+    POSITION = 6
 
 
 @dataclasses.dataclass(eq=False)
@@ -112,6 +105,12 @@ class GalaxySample:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def flux(self) -> np.ndarray:
+        """Fluxes in nJy."""
+        flux: np.ndarray = 10 ** (-0.4 * (self.magnitude - AB_ZERO_POINT))
+        return flux
+
     def __getitem__(self, index: np.ndarray | slice) -> GalaxySample:
         names = [field.name for field in dataclasses.fields(self) if field.name != "seed"]
         return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in names})
@@ -141,7 +140,7 @@ class GalaxySample:
         1.6; indices are rounded to 0.1, which GalSim is fast with.
         """
         ids = np.asarray(ids, dtype=np.int64)
-        rngs = [_make_rng(_Stream.GALAXY, seed, number) for number in ids]
+        rngs = [make_rng(Stream.GALAXY, seed, number) for number in ids]
         uniform = np.array([rng.random(8) for rng in rngs]).reshape(-1, 8)
         normal = np.array([rng.standard_normal(2) for rng in rngs]).reshape(-1, 2)
         chances = np.array([rng.gamma(3.0) for rng in rngs])
@@ -191,6 +190,10 @@ class Scene:
     noise_sigma: float = 0.0
     """Standard deviation of the noise in a pixel, in nJy."""
 
+    noise_correlation: np.ndarray | None = None
+    """Correlation of the noise of two pixels by their distance along y and x,
+    zero distance at the centre; `None` if it is white."""
+
     n_rotations: int = 2
     """Number of turns by 90 degrees in which each galaxy is drawn, up to 4."""
 
@@ -202,7 +205,11 @@ class Scene:
         arm
             Row of `make_arms`.
         """
-        return self._draw(self.get_psf(arm))
+        size = self.stamp_size
+        image = self.get_psf(arm).drawImage(
+            nx=size, ny=size, scale=self.pixel_scale, method="no_pixel", dtype=np.float64
+        )
+        return np.asarray(image.array)
 
     def get_psf(self, arm: Sequence[float]) -> galsim.GSObject:
         """Return the PSF of an arm.
@@ -214,13 +221,6 @@ class Scene:
         """
         g1, g2 = arm[2:]
         return self.psf.shear(g1=g1, g2=g2) if g1 or g2 else self.psf
-
-    def _draw(self, profile: galsim.GSObject) -> np.ndarray:
-        size = self.stamp_size
-        image = profile.drawImage(
-            nx=size, ny=size, scale=self.pixel_scale, method="no_pixel", dtype=np.float64
-        )
-        return np.asarray(image.array)
 
 
 def make_arms(shears: Sequence[float] = (0.01, 0.02, 0.05), psf_shears: Sequence[float] = ()) -> np.ndarray:
@@ -264,15 +264,13 @@ def make_psf_from_kernel(kernel: np.ndarray, pixel_scale: float) -> galsim.GSObj
     return galsim.InterpolatedImage(image, x_interpolant="lanczos15", normalization="flux")
 
 
-def draw_stamps(
-    profiles: Sequence[galsim.GSObject], galaxies: GalaxySample, scene: Scene, arm: Sequence[float]
-) -> np.ndarray:
+def draw_stamps(images: FineImages, galaxies: GalaxySample, scene: Scene, arm: Sequence[float]) -> np.ndarray:
     """Draw galaxies without noise in one arm.
 
     Parameters
     ----------
-    profiles
-        Galaxies of unit flux at the origin, before shear.
+    images
+        Galaxies of unit flux in the middle of their images, before shear.
     galaxies
         The same galaxies; their fluxes and offsets are used here.
     scene
@@ -286,18 +284,20 @@ def draw_stamps(
         Float32 in nJy, shape ``(N, n_rotations, y, x)``.  The offset turns
         with the galaxy.
     """
-    psf = scene.get_psf(arm)
-    flux = 10 ** (-0.4 * (galaxies.magnitude - AB_ZERO_POINT))
-    shape = (len(galaxies), scene.n_rotations, scene.stamp_size, scene.stamp_size)
-    stamps = np.empty(shape, dtype=np.float32)
-    for k, profile in enumerate(profiles):
-        dx, dy = galaxies.offset[k] * scene.pixel_scale
-        for rotation in range(scene.n_rotations):
-            turned = profile.rotate(rotation * 90 * galsim.degrees) if rotation else profile
-            sheared = turned.shear(g1=arm[0], g2=arm[1]).shift(dx, dy) * flux[k]
-            stamps[k, rotation] = scene._draw(galsim.Convolve(sheared, psf))
-            dx, dy = -dy, dx
-    return stamps
+    renderer = Renderer(
+        scene.get_psf(arm),
+        images,
+        size=scene.stamp_size,
+        pixel_scale=scene.pixel_scale,
+        shear=(arm[0], arm[1]),
+    )
+    flux = galaxies.flux.astype(np.float32)[:, None, None]
+    offset = galaxies.offset * scene.pixel_scale
+    turned = []
+    for turns in range(scene.n_rotations):
+        turned.append(flux * renderer.draw(images.rotate(turns), offset=offset))
+        offset = np.stack([-offset[:, 1], offset[:, 0]], axis=1)
+    return np.stack(turned, axis=1)
 
 
 def make_noise(galaxies: GalaxySample, scene: Scene, *, fixnoise: bool = False) -> np.ndarray:
@@ -318,13 +318,36 @@ def make_noise(galaxies: GalaxySample, scene: Scene, *, fixnoise: bool = False) 
     noise
         Float32 in nJy, shape ``(N, n_rotations, y, x)``.
     """
-    stream = _Stream.FIXNOISE if fixnoise else _Stream.NOISE
-    shape = (scene.n_rotations, scene.stamp_size, scene.stamp_size)
-    noise = np.empty((len(galaxies), *shape), dtype=np.float32)
+    stream = Stream.FIXNOISE if fixnoise else Stream.NOISE
+    # Correlated noise is made on an even grid.
+    side = scene.stamp_size + (scene.noise_correlation is not None)
+    noise = np.empty((len(galaxies), scene.n_rotations, side, side), dtype=np.float32)
     for k, number in enumerate(galaxies.ids):
-        _make_rng(stream, galaxies.seed, number).standard_normal(out=noise[k], dtype=np.float32)
+        make_rng(stream, galaxies.seed, number).standard_normal(out=noise[k], dtype=np.float32)
     noise *= np.float32(scene.noise_sigma)
-    return noise
+    if scene.noise_correlation is None:
+        return noise
+    return correlate_noise(noise, scene.noise_correlation)[..., :-1, :-1]
+
+
+def correlate_noise(noise: np.ndarray, correlation: np.ndarray) -> np.ndarray:
+    """Return noise with a correlation, made of white noise.
+
+    Parameters
+    ----------
+    noise
+        White noise, float32, of an even number S of pixels on a side, shape
+        ``(..., S, S)``.
+    correlation
+        As in `Scene`.
+
+    Notes
+    -----
+    Opposite borders of an image are correlated as well.
+    """
+    size = noise.shape[-1]
+    modes = np.fft.rfft2(noise) * np.sqrt(compute_noise_power(correlation, size))
+    return np.fft.irfft2(modes, s=(size, size)).astype(np.float32)
 
 
 def draw_normal(galaxies: GalaxySample, shape: Sequence[int]) -> np.ndarray:
@@ -342,121 +365,10 @@ def draw_normal(galaxies: GalaxySample, shape: Sequence[int]) -> np.ndarray:
     normal
         Float64, shape ``(N, *shape)``.
     """
-    rngs = [_make_rng(_Stream.MOMENTS, galaxies.seed, number) for number in galaxies.ids]
+    rngs = [make_rng(Stream.MOMENTS, galaxies.seed, number) for number in galaxies.ids]
     return np.array([rng.standard_normal(shape) for rng in rngs]).reshape(len(rngs), *shape)
 
 
-def make_profile(galaxies: GalaxySample, k: int, morphology: str) -> galsim.GSObject:
-    """Return a galaxy of unit flux.
-
-    Parameters
-    ----------
-    galaxies
-        The galaxies.
-    k
-        Index of the galaxy.
-    morphology
-        One of `MORPHOLOGIES`.  All have the same half-light radius and axis
-        ratio.
-    """
-    profile = MORPHOLOGIES[morphology](galaxies, k)
-    return profile.shear(q=galaxies.axis_ratio[k], beta=galaxies.position_angle[k] * galsim.radians)
-
-
-def _make_sersic(galaxies: GalaxySample, k: int) -> galsim.GSObject:
-    """Return a Sersic profile, seen face on."""
-    return galsim.Sersic(float(galaxies.sersic_index[k]), half_light_radius=galaxies.half_light_radius[k])
-
-
-def _make_bulge_and_disk(galaxies: GalaxySample, k: int) -> galsim.GSObject:
-    """Return a de Vaucouleurs bulge and an exponential disk, face on."""
-    bulge, disk, _ = _make_components(galaxies, k)
-    return bulge + disk
-
-
-def _make_bulge_disk_and_knots(galaxies: GalaxySample, k: int) -> galsim.GSObject:
-    """Return a bulge, and a disk with a part of its light in points."""
-    bulge, disk, radius = _make_components(galaxies, k)
-    seed = int(_make_rng(_Stream.KNOTS, galaxies.seed, int(galaxies.ids[k])).integers(1, 2**31))
-    knots = galsim.RandomKnots(
-        N_KNOTS,
-        half_light_radius=radius,
-        flux=KNOT_FRACTION * disk.flux,
-        rng=galsim.BaseDeviate(seed),
-    )
-    galaxy = bulge + (1 - KNOT_FRACTION) * disk + knots
-    # Knots have moved the centroid, which is what objects are found at.
-    return galaxy.shift(-galaxy.centroid)
-
-
-MORPHOLOGIES: Mapping[str, Callable[[GalaxySample, int], galsim.GSObject]] = {
-    "sersic": _make_sersic,
-    "bulge_disk": _make_bulge_and_disk,
-    "knots": _make_bulge_disk_and_knots,
-}
-"""Galaxies seen face on, from the simplest to the most complex."""
-
-
-class RealGalaxies:
-    """Galaxies that Hubble has seen, deconvolved from its PSF by GalSim.
-
-    Parameters
-    ----------
-    catalog
-        A catalogue of `galsim.RealGalaxy`.
-
-    Notes
-    -----
-    Each galaxy of a sample gets the image of nearest magnitude among a tenth
-    of the catalogue that its ID chooses.  It has the flux of the sample, but
-    the size, shape and orientation of the image.  The noise of the images
-    stays in them.
-    """
-
-    def __init__(self, catalog: galsim.RealGalaxyCatalog) -> None:
-        self._catalog = catalog
-        self._magnitude = np.asarray(catalog.mag, dtype=np.float64)
-
-    def make_profile(self, galaxies: GalaxySample, k: int) -> galsim.GSObject:
-        """Return a galaxy of unit flux.
-
-        Parameters
-        ----------
-        galaxies
-            The galaxies.
-        k
-            Index of the galaxy.
-        """
-        rng = _make_rng(_Stream.KNOTS, galaxies.seed, int(galaxies.ids[k]))
-        n = len(self._magnitude)
-        chosen = rng.choice(n, size=max(n // 10, 1), replace=False)
-        nearest = chosen[np.argmin(np.abs(self._magnitude[chosen] - galaxies.magnitude[k]))]
-        return galsim.RealGalaxy(self._catalog, index=int(nearest), noise_pad_size=0).withFlux(1.0)
-
-
-def _make_components(galaxies: GalaxySample, k: int) -> tuple[galsim.GSObject, galsim.GSObject, float]:
-    """Return bulge, disk and the half-light radius of the disk in arcsec."""
-    fraction = float(galaxies.bulge_fraction[k])
-    radius = float(galaxies.half_light_radius[k]) / _compute_half_light_radius(round(fraction, 3))
-    bulge = galsim.DeVaucouleurs(half_light_radius=BULGE_SIZE * radius, flux=fraction)
-    return bulge, galsim.Exponential(half_light_radius=radius, flux=1 - fraction), radius
-
-
-@functools.cache
-def _compute_half_light_radius(bulge_fraction: float) -> float:
-    """Return the half-light radius of bulge and disk in that of the disk."""
-    low, high = BULGE_SIZE, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        light = sum(
-            # Graham & Driver (2005), equation 2.
-            flux * gammainc(2 * n, gammaincinv(2 * n, 0.5) * (middle / radius) ** (1 / n))
-            for flux, n, radius in ((bulge_fraction, 4.0, BULGE_SIZE), (1 - bulge_fraction, 1.0, 1.0))
-        )
-        low, high = (middle, high) if light < 0.5 else (low, middle)
-    return (low + high) / 2
-
-
-def _make_rng(stream: _Stream, seed: int, number: int) -> np.random.Generator:
+def make_rng(stream: Stream, seed: int, number: int) -> np.random.Generator:
     """Return the random numbers of one galaxy for one purpose."""
     return np.random.default_rng([int(stream), int(seed), int(number)])
