@@ -38,15 +38,18 @@ from lsst.meas.deeplearn.lenses.lens_equation import (
     compute_sie_deflection,
     is_inside_polygon,
 )
-from lsst.meas.deeplearn.lenses.simulation import (
+from lsst.meas.deeplearn.lenses.lens_population import (
     choose_hosts,
-    compute_arc_snr,
     compute_einstein_radius,
     compute_flux,
-    paint_lenses,
-    render_arcs,
     rotate_lenses,
     sample_lens_population,
+)
+from lsst.meas.deeplearn.lenses.simulation import (
+    compute_arc_snr,
+    estimate_gain,
+    paint_lenses,
+    render_arcs,
 )
 
 SCALE = 0.2  # arcsec
@@ -371,6 +374,38 @@ class TestPainting:
         cutouts.psf = np.full_like(cutouts.psf, np.nan)
         with pytest.raises(ValueError, match="PSF in all bands"):
             paint_lenses(cutouts, sample_lens_population(2, seed=4))
+
+
+class TestGain:
+    """Tests of the gain from the variance plane."""
+
+    @staticmethod
+    def make_coadd(gain: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Make image, variance and bad pixels, with the depth in steps."""
+        rng = np.random.default_rng(8)
+        y, x = np.mgrid[:1000, :1000]
+        light = np.zeros((1000, 1000))
+        for x_0, y_0, flux in zip(*rng.uniform(0, 1000, (2, 300)), rng.pareto(1.0, 300) * 3e3, strict=True):
+            box = np.s_[max(int(y_0) - 15, 0) : int(y_0) + 16, max(int(x_0) - 15, 0) : int(x_0) + 16]
+            light[box] += flux / 40 * np.exp(-((x[box] - x_0) ** 2 + (y[box] - y_0) ** 2) / 13)
+        sky = np.kron([[90.0, 110.0], [100.0, 120.0]], np.ones((500, 500)))
+        variance = sky + light / gain
+        image = light + rng.normal(0, 1, light.shape) * np.sqrt(variance)
+        bad = np.zeros(light.shape, dtype=bool)
+        bad[:, 300:305] = True
+        image[bad] = np.nan
+        return image.astype(np.float32), variance.astype(np.float32), bad
+
+    @pytest.mark.parametrize("gain", [0.5, 20.0])
+    def test_slope_is_found(self, gain: float) -> None:
+        """The gain is that of the noise of the sources."""
+        assert estimate_gain(*self.make_coadd(gain)) == pytest.approx(gain, rel=0.1)
+
+    def test_variance_of_the_sky_has_none(self) -> None:
+        """Without a slope, or with an empty coadd, there is no gain."""
+        image, variance, bad = self.make_coadd(np.inf)
+        assert estimate_gain(image, variance, bad) is None
+        assert estimate_gain(image, variance, np.ones_like(bad)) is None
 
 
 class TestHosts:

@@ -91,7 +91,7 @@ def make_simulation_config(**values: Any) -> SimulateLensesConfig:
     config.update(**(SIMULATION | values))
     config.nonLenses = {
         "host": NonLensConfig(fraction=0.6),
-        "companion": NonLensConfig(fraction=0.2, addCompanions=True),
+        "companion": NonLensConfig(fraction=0.2, painter="companion"),
         "any": NonLensConfig(fraction=0.2, selection=["i_psfFlux > 0"]),
     }
     return config

@@ -442,7 +442,7 @@ def _sample_psf(
 
 def _sample_massive_galaxies(rng: np.random.Generator, scene: Scene) -> Galaxies:
     """Draw galaxies like those that are lenses, without arcs."""
-    from .lenses.simulation import sample_lens_population
+    from .lenses.lens_population import sample_lens_population
 
     height, width = scene.sky_map.bbox.shape
     n = rng.poisson(MASSIVE_DENSITY * height * width * (PIXEL_SCALE / 60) ** 2)
@@ -471,7 +471,8 @@ def _sample_lenses(
     are not too near.
     """
     # This imports torch.
-    from .lenses.simulation import compute_arc_snr, render_arcs, sample_lens_population
+    from .lenses.lens_population import sample_lens_population
+    from .lenses.simulation import compute_arc_snr, render_arcs
 
     trials = sample_lens_population(
         4 * n,

@@ -26,8 +26,8 @@ from __future__ import annotations
 
 __all__ = ("NonLensConfig", "SimulateLensesConfig", "SimulateLensesConnections", "SimulateLensesTask")
 
-import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 import astropy.units as u
 import numpy as np
@@ -35,8 +35,10 @@ from astropy.table import Column, Table, vstack
 
 import lsst.pipe.base.connectionTypes as cT
 from lsst.pex.config import (
+    ChoiceField,
     Config,
     ConfigDictField,
+    DictField,
     Field,
     FieldValidationError,
     ListField,
@@ -55,9 +57,6 @@ from ..cutouts import CutoutExtractor, Cutouts
 from ..inference import torch_threads
 from ..object_selection import SelectionError, column_names, select_objects
 from ..patch_inputs import PATCH_DIMENSIONS, PatchConfig, PatchConnections, compute_seed, read_objects
-
-if TYPE_CHECKING:
-    pass
 
 SPLITS = ("train", "validation", "calibration", "test")
 """Values of the column ``split``: to train, to choose epochs and settings, to
@@ -112,10 +111,23 @@ class NonLensConfig(Config):
         "empty, the galaxies are the hosts of the lenses, without arcs.",
         default=[],
     )
-    addCompanions = Field[bool](
-        doc="Paint one or two sources beside the galaxy that look like those of the lenses but are not "
-        "lensed, as bright as if they were?",
-        default=False,
+    painter = ChoiceField[str](
+        doc="What is painted on the galaxies; nothing if None.",
+        optional=True,
+        default=None,
+        allowed={
+            "companion": "One or two blue sources beside the galaxy like those of lenses, but not lensed.",
+            "satellite": "Two to five small galaxies of the colour of the galaxy around it.",
+            "spiral": "A face-on disc with spiral arms, of which the galaxy is the bulge.",
+            "ring": "A ring of young stars around the galaxy, concentric.",
+            "merger": "A second galaxy of similar brightness, and a tidal tail from each.",
+            "edge_on": "A disc seen from its edge: that of the galaxy, or one beside it.",
+            "trail": "The trail of a satellite in one band.",
+            "cosmic_ray": "Tracks of charged particles in one band.",
+            "bleed": "Columns with too much or too little charge in one band.",
+            "spike": "Diffraction spikes and halo of a bright star just off the stamp.",
+            "ghost": "A piece of the out-of-focus ring of a reflected star in one band.",
+        },
     )
 
 
@@ -193,6 +205,13 @@ class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnec
     )
     nonLensRatio = RangeField(dtype=float, doc="Number of non-lenses for each lens.", default=1.0, min=0.0)
 
+    gain = DictField[str, float](
+        doc="Photo-electrons per nJy of the coadds by band, for the Poisson noise of what is painted.  For "
+        "bands that are not given it comes from the slope of the variance plane with the flux; without a "
+        "slope there is no such noise.  0 turns the noise off.",
+        default={},
+    )
+
     # Splits and seed.
     validationFraction = RangeField(
         dtype=float,
@@ -225,19 +244,28 @@ class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnec
 
     def setDefaults(self) -> None:
         super().setDefaults()
-        galaxy = ["refExtendedness > 0.5", "mag(i_cModelFlux) < 23"]
         color = "mag(g_cModelFlux) - mag(i_cModelFlux)"
+        galaxy = ["refExtendedness > 0.5", "mag(i_cModelFlux) < 23"]
+        blue = ["refExtendedness > 0.5", "mag(i_cModelFlux) < 22", f"{color} < 1.3"]
+        star = ["refExtendedness < 0.5", "mag(i_cModelFlux) < 22"]
         self.nonLenses = {
-            "host": NonLensConfig(fraction=0.3),
-            "companion": NonLensConfig(fraction=0.15, addCompanions=True),
-            "galaxy": NonLensConfig(fraction=0.3, selection=galaxy),
-            "blue": NonLensConfig(
-                fraction=0.2,
-                selection=["refExtendedness > 0.5", "mag(i_cModelFlux) < 22", f"{color} < 1.3"],
-            ),
-            "star": NonLensConfig(
-                fraction=0.05, selection=["refExtendedness < 0.5", "mag(i_cModelFlux) < 22"]
-            ),
+            # As they are in the coadd.
+            "host": NonLensConfig(fraction=0.22),
+            "galaxy": NonLensConfig(fraction=0.22, selection=galaxy),
+            "blue": NonLensConfig(fraction=0.10, selection=blue),
+            "star": NonLensConfig(fraction=0.03, selection=star),
+            # Painted on hosts.
+            "companion": NonLensConfig(fraction=0.12, painter="companion"),
+            "satellite": NonLensConfig(fraction=0.05, painter="satellite"),
+            "spiral": NonLensConfig(fraction=0.10, painter="spiral"),
+            "ring": NonLensConfig(fraction=0.03, painter="ring"),
+            "merger": NonLensConfig(fraction=0.04, painter="merger"),
+            "edge_on": NonLensConfig(fraction=0.05, painter="edge_on"),
+            "trail": NonLensConfig(fraction=0.01, painter="trail"),
+            "cosmic_ray": NonLensConfig(fraction=0.01, painter="cosmic_ray"),
+            "bleed": NonLensConfig(fraction=0.005, painter="bleed"),
+            "spike": NonLensConfig(fraction=0.01, painter="spike"),
+            "ghost": NonLensConfig(fraction=0.005, painter="ghost"),
         }
 
     def validate(self) -> None:
@@ -256,6 +284,8 @@ class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnec
                 self,
                 "Validation, calibration and test are more than the whole sky.",
             )
+        if any(value < 0 for value in self.gain.values()):
+            raise FieldValidationError(self.__class__.gain, self, "Gains must not be negative.")
         try:
             column_names([expression for selection in self.selections for expression in selection])
         except SelectionError as err:
@@ -338,7 +368,8 @@ class SimulateLensesTask(PipelineTask):
         if len(hosts) == 0:
             raise NoWorkFound("No galaxy of this patch satisfies hostSelection with usable pixels.")
         with torch_threads(num_cores):
-            lenses = self._make_lenses(host_cutouts, hosts, rng)
+            gain = self._find_gain(coadd)
+            lenses = self._make_lenses(host_cutouts, hosts, gain, rng)
             if len(lenses) == 0:
                 raise NoWorkFound(
                     f"No arc on any of {len(hosts)} hosts has a signal to noise of {self.config.minArcSnr}."
@@ -347,13 +378,13 @@ class SimulateLensesTask(PipelineTask):
             total = sum(kind.fraction for kind in self.config.nonLenses.values())
             for name, kind in sorted(self.config.nonLenses.items()):
                 number = round(self.config.nonLensRatio * len(lenses) * kind.fraction / total)
-                cutouts = host_cutouts
+                cutouts, table = host_cutouts, hosts
                 if kind.selection:
                     table = objects[select_objects(objects, kind.selection)]
                     # Some of them will not be usable.
                     chosen = np.sort(rng.permutation(len(table))[: 2 * number])
-                    cutouts, _ = self._extract(extractor, table[chosen])
-                parts.append(self._make_non_lenses(name, cutouts, number, kind.addCompanions, rng))
+                    cutouts, table = self._extract(extractor, table[chosen])
+                parts.append(self._make_non_lenses(name, kind.painter, cutouts, table, number, gain, rng))
         examples = vstack(parts, metadata_conflicts="silent")
         examples["split"][:] = compute_split(
             np.asarray(examples["ra"]),
@@ -388,9 +419,30 @@ class SimulateLensesTask(PipelineTask):
         usable = ~spoilt & (cutouts.masked_fraction.max(axis=1) <= self.config.maxMaskedFraction)
         return cutouts[usable], objects[usable]
 
-    def _make_lenses(self, cutouts: Cutouts, hosts: Table, rng: np.random.Generator) -> Table:
+    def _find_gain(self, coadd: MultibandCoadd) -> dict[str, float]:
+        """Return photo-electrons per nJy of the bands that have them."""
+        from .simulation import estimate_gain
+
+        gain: dict[str, float] = {}
+        for band, planes in coadd.planes.items():
+            if band in self.config.gain:
+                value: float | None = self.config.gain[band]
+            else:
+                bad = coadd.compute_bad_pixels(band, self.config.badMaskPlanes)
+                value = estimate_gain(planes.image, planes.variance, bad)
+            if value:
+                gain[band] = value
+                self.metadata[f"gain_{band}"] = value
+            else:
+                self.log.info("What is painted has no Poisson noise in %s: there is no gain.", band)
+        return gain
+
+    def _make_lenses(
+        self, cutouts: Cutouts, hosts: Table, gain: Mapping[str, float], rng: np.random.Generator
+    ) -> Table:
         """Return the stamps of hosts with arcs on them."""
-        from .simulation import choose_hosts, paint_lenses
+        from .lens_population import choose_hosts
+        from .simulation import paint_lenses
 
         lenses = self._draw_lenses(self.config.arcsPerHost * len(hosts), rng)
         magnitudes = {band: self._compute_magnitudes(hosts, band) for band in self.config.bands}
@@ -402,7 +454,9 @@ class SimulateLensesTask(PipelineTask):
         parts: list[Table] = []
         # In chunks, to stop as soon as there are enough.
         for rows in np.array_split(np.arange(len(lenses)), len(lenses) // 500 + 1):
-            painted, truth = paint_lenses(cutouts[chosen[rows]], lenses[rows])
+            painted, truth = paint_lenses(
+                cutouts[chosen[rows]], lenses[rows], gain=gain, seed=int(rng.integers(2**62))
+            )
             bright = np.asarray(truth["arc_snr"] >= self.config.minArcSnr)
             bright &= np.asarray(truth["magnification"] >= self.config.minMagnification)
             names = ("source_id", "einstein_radius", "magnification", "arc_snr")
@@ -414,7 +468,7 @@ class SimulateLensesTask(PipelineTask):
 
     def _draw_lenses(self, n: int, rng: np.random.Generator) -> Table:
         """Return lenses of the prior."""
-        from .simulation import sample_lens_population
+        from .lens_population import sample_lens_population
 
         return sample_lens_population(
             n,
@@ -426,7 +480,7 @@ class SimulateLensesTask(PipelineTask):
 
     def _align(self, lenses: Table, hosts: Table, rng: np.random.Generator) -> Table:
         """Return lenses turned as their hosts are."""
-        from .simulation import rotate_lenses
+        from .lens_population import rotate_lenses
 
         if not self.config.momentColumns:
             return lenses
@@ -442,46 +496,29 @@ class SimulateLensesTask(PipelineTask):
     def _make_non_lenses(
         self,
         name: str,
+        painter: str | None,
         cutouts: Cutouts,
+        objects: Table,
         number: int,
-        add_companions: bool,
+        gain: Mapping[str, float],
         rng: np.random.Generator,
     ) -> Table:
         """Return stamps of one kind of non-lenses."""
-        if add_companions:
-            # A galaxy can stand several times, with other companions.
-            chosen = np.sort(rng.integers(len(cutouts), size=number if len(cutouts) else 0))
-            cutouts = self._add_companions(cutouts[chosen], rng)
+        if painter is None or len(cutouts) == 0:
+            cutouts = cutouts[np.sort(rng.permutation(len(cutouts))[:number])]
         else:
-            chosen = np.sort(rng.permutation(len(cutouts))[:number])
-            cutouts = cutouts[chosen]
+            from .contaminants import paint_contaminants
+
+            # A galaxy can stand several times, with other paint.
+            chosen = np.sort(rng.integers(len(cutouts), size=number))
+            columns = [self.config.fluxColumn.format(band=band) for band in cutouts.bands]
+            flux = np.stack([np.asarray(objects[column])[chosen] for column in columns], axis=1)
+            cutouts = paint_contaminants(
+                cutouts[chosen], painter, flux, gain=gain, seed=int(rng.integers(2**62))
+            )
         if len(cutouts) < number:
             self.log.info("Only %d of %d non-lenses of kind %s are there.", len(cutouts), number, name)
         return _make_examples(cutouts, label=False, kind=name)
-
-    def _add_companions(self, cutouts: Cutouts, rng: np.random.Generator) -> Cutouts:
-        """Paint sources beside galaxies, without lensing."""
-        from .simulation import paint_lenses
-
-        if len(cutouts) == 0:
-            return cutouts
-        for chosen in (np.ones(len(cutouts), dtype=bool), rng.random(len(cutouts)) < 0.4):
-            if not chosen.any():
-                continue
-            n = int(chosen.sum())
-            sources = self._draw_lenses(n, rng)
-            radius = np.asarray(sources["einstein_radius"]) * rng.uniform(0.7, 1.8, n)
-            phi = rng.uniform(0, 2 * np.pi, n)
-            sources["source_x"], sources["source_y"] = radius * np.cos(phi), radius * np.sin(phi)
-            brighter = 2.5 * np.log10(rng.uniform(3, 12, n))
-            for band in self.config.bands:
-                sources[f"source_mag_{band}"] -= brighter
-            for column in ("einstein_radius", "gamma1", "gamma2"):
-                sources[column] = 0.0
-            image = cutouts.image.copy()
-            image[chosen] = paint_lenses(cutouts[chosen], sources)[0].image
-            cutouts = dataclasses.replace(cutouts, image=image)
-        return cutouts
 
 
 def compute_split(
