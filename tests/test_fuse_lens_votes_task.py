@@ -30,8 +30,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from astropy.table import Table
-from scipy.special import logit
+from astropy.table import Table, vstack
+from scipy.special import expit, logit
 
 from lsst.daf.butler import Butler, DatasetType
 from lsst.meas.deeplearn.lenses.fuse_lens_votes_task import (
@@ -190,6 +190,40 @@ def test_campaign() -> None:
         assert abs(row["p_lens"] - p_lens) < 3 * row["p_lens_error"]
 
 
+def test_calibrated_machine(caplog: pytest.LogCaptureFixture) -> None:
+    """The likelihood ratio of a calibrated model is used where there is one,
+    with its error, whatever prevalence its probability is for; else the ROC
+    curve of the score, else nothing.
+    """
+    candidates = make_candidates([0.9, 0.9, 0.1, np.nan])
+    ratio = np.log([20.0, np.nan, 0.05, np.nan])
+    candidates["log_likelihood_ratio"] = ratio
+    candidates["probability"] = expit(logit(1e-3) + ratio)
+    p = np.asarray(candidates["probability"])
+    candidates["probability_err"] = p * (1 - p) * 0.4
+    fused = fuse(candidates, prior=0.1)
+    np.testing.assert_allclose(fused["machine_log_ratio"], np.nan_to_num(ratio))
+    np.testing.assert_allclose(fused["log_odds"], logit(0.1) + np.nan_to_num(ratio))
+    np.testing.assert_allclose(fused["log_odds_error"], [0.4, 0, 0.4, 0], atol=1e-6)
+    low, high = expit(logit(fused["posterior"][0]) + np.array([-0.4, 0.4]))
+    assert (fused["posterior_low"][0], fused["posterior_high"][0]) == (
+        pytest.approx(low),
+        pytest.approx(high),
+    )
+    # A vote adds its own error.
+    assert fuse(candidates, make_some_votes((1, "a", "A")), prior=0.1)["log_odds_error"][0] > 0.5
+
+    fused = fuse(candidates, prior=0.1, **{**ROC, "machine": "auto"})
+    np.testing.assert_allclose(fused["machine_log_ratio"], [ratio[0], np.log(8), ratio[2], 0], atol=0.01)
+    assert set(fuse(candidates, prior=0.1, machine="none")["machine_log_ratio"]) == {0.0}
+    del candidates["probability"]
+    assert fuse(candidates, machineError=0.3)["log_odds_error"].tolist() == [0.3, 0, 0.3, 0]
+    assert "takes no part" not in caplog.text
+    candidates["log_likelihood_ratio"] = np.nan
+    fuse(candidates)
+    assert "No candidate has a log_likelihood_ratio, so the machine takes no part" in caplog.text
+
+
 def test_one_vote() -> None:
     """A single vote goes into the right direction, however small the prior,
     unless new voters are taken to guess.
@@ -203,11 +237,11 @@ def test_one_vote() -> None:
 
 
 def test_the_same_numbers_again() -> None:
-    """The same quantum gives the same numbers, another tract other draws."""
+    """The same quantum gives the same numbers, another seed other draws."""
     candidates, votes = make_candidates([0.9, 0.5]), make_some_votes((1, "a", "A"), (2, "b", "N"))
     task = make_task(prior=0.1)
-    first, second = (task.run(candidates, [votes], tract=7).fused for _ in range(2))
-    other = task.run(candidates, [votes], tract=8).fused
+    first, second = (task.run(candidates, [votes]).fused for _ in range(2))
+    other = make_task(prior=0.1, seed=2).run(candidates, [votes]).fused
     assert first["log_odds_error"].tolist() == second["log_odds_error"].tolist()
     assert first["log_odds_error"].tolist() != other["log_odds_error"].tolist()
     assert first["posterior"].tolist() == other["posterior"].tolist()
@@ -296,21 +330,26 @@ def test_config(config: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("with_votes", [True, False])
 def test_pipeline(tmp_path: Path, with_votes: bool) -> None:
     """The pipeline runs in a repository on votes from a CSV file, and on
-    tracts without votes.
+    tracts without votes; all tracts are fused together.
     """
     root = Butler.makeRepo(str(tmp_path / "repo"))
-    data_id = {"skymap": "sky", "tract": 7}
+    data_id, other = ({"skymap": "sky", "tract": tract} for tract in (7, 8))
     with Butler.from_config(root, writeable=True, run="inputs") as butler:
         corners = [LonLat.fromDegrees(ra, dec) for ra, dec in ((0, 0), (1, 0), (1, 1), (0, 1))]
         region = ConvexPolygon([UnitVector3d(corner) for corner in corners])
         sync = butler.registry.syncDimensionData
         sync("skymap", {"name": "sky", "hash": b"", "tract_max": 9, "patch_nx_max": 1, "patch_ny_max": 1})
-        sync("tract", {"skymap": "sky", "id": 7, "region": region})
+        for tract in (7, 8):
+            sync("tract", {"skymap": "sky", "id": tract, "region": region})
         for name in ("lens_candidates_ranked", "lens_votes"):
             butler.registry.registerDatasetType(
                 DatasetType(name, ("skymap", "tract"), "ArrowAstropy", universe=butler.dimensions)
             )
         butler.put(make_candidates([0.9, 0.5, np.nan]), "lens_candidates_ranked", data_id)
+        far = make_candidates([0.9, 0.5])
+        far["objectId"] += 100
+        far["tract"] = 8
+        butler.put(far, "lens_candidates_ranked", other)
         if with_votes:
             path = tmp_path / "votes.csv"
             path.write_text("candidate_id,voter,grade,time\n1,\u00c5sa,A,2026-01-01\n2,b,N,2026-01-01\n")
@@ -323,8 +362,12 @@ def test_pipeline(tmp_path: Path, with_votes: bool) -> None:
     assert fused["objectId"].tolist() == ([1, 3, 2] if with_votes else [1, 2, 3])
     assert fused["n_votes"].tolist() == ([1, 0, 1] if with_votes else [0, 0, 0])
     assert fused["posterior"].description == FUSED_COLUMNS["posterior"][1]
-    voters = butler.get("lens_voters", data_id)
+    voters = butler.get("lens_voters", skymap="sky")
     assert voters["voter"].tolist() == (["b", "\u00c5sa"] if with_votes else [])
+    # Both tracts are in one order.
+    fused = vstack([fused, butler.get("lens_candidates_fused", other)], metadata_conflicts="silent")
+    assert sorted(fused["fused_rank"]) == [1, 2, 3, 4, 5]
+    assert set(fused["tract"]) == {7, 8}
     assert list(Pipeline.from_uri(PIPELINE).task_labels) == ["fuseLensVotes"]
 
 

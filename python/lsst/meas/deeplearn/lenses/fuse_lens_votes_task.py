@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from astropy.table import Column, Table
+from astropy.table import Column, Table, vstack
 from scipy.special import expit, logit
 
 import lsst.pipe.base.connectionTypes as cT
@@ -70,14 +70,19 @@ from .votes import (
     run_online,
 )
 
+CALIBRATED_COLUMN = "log_likelihood_ratio"
+"""Column of the candidates with the calibrated logarithm of the likelihood
+ratio of the machine, which `LensFinderTask` writes; it does not depend on how
+common lenses are."""
+
 FUSED_COLUMNS: Mapping[str, tuple[str, str]] = {
-    "fused_rank": ("i4", "Rank by posterior in the tract, from 1"),
+    "fused_rank": ("i4", "Rank by posterior among all candidates that were fused together, from 1"),
     "posterior": ("f8", "Probability of a lens after score and votes"),
     "posterior_low": ("f8", "16th percentile of the posterior for all that is known of voters and score"),
     "posterior_high": ("f8", "84th percentile of the same"),
     "log_odds": ("f8", "Natural logarithm of the odds of a lens after score and votes"),
     "log_odds_error": ("f8", "Standard deviation of log_odds"),
-    "machine_log_ratio": ("f8", "Logarithm of the likelihood ratio of the score; 0 without one"),
+    "machine_log_ratio": ("f8", "Logarithm of the likelihood ratio of the machine; 0 if it says nothing"),
     "n_votes": ("i4", "Number of votes that count, one for each voter"),
     "n_votes_lens": ("i4", "Number of these that say lens"),
     "verdict": ("i1", "1 detected, -1 rejected, 0 undecided"),
@@ -92,22 +97,28 @@ columns of the ranked candidates."""
 
 class FuseLensVotesConnections(
     PipelineTaskConnections,
-    dimensions=("skymap", "tract"),
+    dimensions=("skymap",),
     defaultTemplates={"outputName": "lens"},
 ):
-    """Datasets that `FuseLensVotesTask` reads and writes."""
+    """Datasets that `FuseLensVotesTask` reads and writes.
+
+    All tracts that are asked for go into one quantum: a voter has the same
+    skill in all of them, and in one there may be a handful of votes.
+    """
 
     candidates = cT.Input(
-        doc="The candidates of the tract, each object once, the best first.",
+        doc="The candidates of each tract, each object once, the best first.",
         name="{outputName}_candidates_ranked",
         storageClass="ArrowAstropy",
         dimensions=("skymap", "tract"),
+        multiple=True,
     )
     votes = cT.Input(
-        doc="Votes on candidates of the tract, a row each (butler ingest-lens-votes); there may be none.",
+        doc="Votes on candidates of each tract, a row each (butler ingest-lens-votes); there may be none.",
         name="{outputName}_votes",
         storageClass="ArrowAstropy",
         dimensions=("skymap", "tract"),
+        multiple=True,
         minimum=0,
     )
     fused = cT.Output(
@@ -115,12 +126,13 @@ class FuseLensVotesConnections(
         name="{outputName}_candidates_fused",
         storageClass="ArrowAstropy",
         dimensions=("skymap", "tract"),
+        multiple=True,
     )
     voters = cT.Output(
-        doc="How well each voter of the tract tells lenses from other things.",
+        doc="How well each voter tells lenses from other things.",
         name="{outputName}_voters",
         storageClass="ArrowAstropy",
-        dimensions=("skymap", "tract"),
+        dimensions=("skymap",),
     )
 
 
@@ -177,14 +189,18 @@ class FuseLensVotesConfig(PipelineTaskConfig, pipelineConnections=FuseLensVotesC
     # The machine.
     machine = ChoiceField[str](
         doc="How the machine takes part.",
-        default="none",
+        default="auto",
         allowed={
+            "auto": "log_likelihood_ratio, written by LensFinderTask if its model is calibrated; where it "
+            "is NaN, the score with its ROC curve if there is one here, and votes only if not.",
             "none": "Votes only.",
             "probability": "machineColumn is a calibrated probability, for machinePrevalence.",
             "roc": "machineColumn is a score with the ROC curve of rocThresholds and so on.",
         },
     )
-    machineColumn = Field[str](doc="Column with the score or the probability.", default="score")
+    machineColumn = Field[str](
+        doc="Column with the score, or with the probability if machine is 'probability'.", default="score"
+    )
     machinePrevalence = RangeField(
         dtype=float,
         doc="Fraction of lenses for which the probability is calibrated.",
@@ -196,7 +212,8 @@ class FuseLensVotesConfig(PipelineTaskConfig, pipelineConnections=FuseLensVotesC
     )
     machineError = RangeField(
         dtype=float,
-        doc="Standard deviation of the log odds of a calibrated probability.",
+        doc="Standard deviation of the log odds of a calibrated probability or ratio that comes without an "
+        "error.",
         default=0.0,
         min=0.0,
     )
@@ -234,7 +251,7 @@ class FuseLensVotesConfig(PipelineTaskConfig, pipelineConnections=FuseLensVotesC
     nDraws = RangeField(
         dtype=int, doc="Number of draws of the voters' skills that give the errors.", default=200, min=10
     )
-    seed = Field[int](doc="Seed of the draws, together with the tract.", default=1)
+    seed = Field[int](doc="Seed of the draws.", default=1)
 
     def validate(self) -> None:
         super().validate()
@@ -252,7 +269,7 @@ class FuseLensVotesConfig(PipelineTaskConfig, pipelineConnections=FuseLensVotesC
             )
         if not all(0 < p < 1 for p in self.assumedVoter):
             raise FieldValidationError(self.__class__.assumedVoter, self, "Probabilities are from 0 to 1.")
-        if self.machine == "roc":
+        if self.machine == "roc" or (self.machine == "auto" and self.rocThresholds):
             sizes = {len(self.rocThresholds), len(self.rocTruePositiveRate), len(self.rocFalsePositiveRate)}
             if len(sizes) > 1 or 0 in sizes:
                 raise FieldValidationError(
@@ -298,27 +315,29 @@ class FuseLensVotesTask(PipelineTask):
         inputRefs: InputQuantizedConnection,
         outputRefs: OutputQuantizedConnection,
     ) -> None:
-        data_id = butlerQC.quantum.dataId
-        assert data_id is not None, "A quantum of this task has a tract."
         inputs = butlerQC.get(inputRefs)
-        votes = [inputs["votes"]] if "votes" in inputs else []
-        outputs = self.run(inputs["candidates"], votes, tract=int(data_id["tract"]))
-        butlerQC.put(outputs, outputRefs)
+        tracts = [int(ref.dataId["tract"]) for ref in inputRefs.candidates]
+        sizes = [len(table) for table in inputs["candidates"]]
+        candidates = vstack(inputs["candidates"], join_type="exact", metadata_conflicts="silent")
+        candidates["tract"] = np.repeat(tracts, sizes)
+        outputs = self.run(candidates, inputs.get("votes", ()))
+        butlerQC.put(outputs.voters, outputRefs.voters)
+        for ref in outputRefs.fused:
+            butlerQC.put(outputs.fused[outputs.fused["tract"] == int(ref.dataId["tract"])], ref)
 
-    def run(self, candidates: Table, votes: Sequence[Table] = (), *, tract: int = 0) -> Struct:
+    def run(self, candidates: Table, votes: Sequence[Table] = ()) -> Struct:
         """Compute a posterior for each candidate.
 
         Parameters
         ----------
         candidates
-            The table ``ranked`` of `RankLensCandidatesTask`.
+            The table ``ranked`` of `RankLensCandidatesTask`, of one tract or
+            of several.
         votes
             Tables of votes, with the columns of
             `lsst.meas.deeplearn.lenses.vote_files.VOTE_COLUMNS`.  Of each
             voter and candidate the last vote counts; votes on candidates that
             are not in the table count only if their truth is known.
-        tract
-            Tract, for the seed.
 
         Returns
         -------
@@ -343,15 +362,16 @@ class FuseLensVotesTask(PipelineTask):
             Raised if a candidate is known both as a lens and as none.
         """
         if not len(candidates):
-            raise NoWorkFound("There are no candidates in this tract.")
-        rng = np.random.default_rng([self.config.seed, tract])
+            raise NoWorkFound("There are no candidates.")
+        rng = np.random.default_rng(self.config.seed)
         ids = np.asarray(candidates["objectId"], dtype=np.int64)
         counted = self._select_votes(stack_votes(votes), ids)
         ballots = make_ballots(
             counted, ids, lens_grades=self.config.lensGrades, not_grades=self.config.notGrades
         )
-        # Known ones that are no candidates have no score.
-        machine, drawn_machine = self._compute_machine(candidates, len(ballots.truth), rng)
+        # Known ones that are no candidates follow these, and have no score.
+        n_extra = len(ballots.truth) - len(ids)
+        machine, machine_error = (np.pad(x, (0, n_extra)) for x in self._compute_machine(candidates))
         run = run_offline if self.config.mode == "offline" else run_online
         settings: dict[str, Any] = {"prior_voter": tuple(self.config.assumedVoter)}
         if self.config.pseudoCount is not None:
@@ -361,10 +381,8 @@ class FuseLensVotesTask(PipelineTask):
             self.log.warning(
                 "Expectation maximization has not converged in %d iterations.", result.n_iterations
             )
-        drawn = result.draw_log_odds(
-            rng, self.config.nDraws, prior_log_odds=logit(self.config.prior) + drawn_machine
-        )
-        fused = self._make_table(candidates, result, machine, drawn)
+        error, low, high = self._compute_errors(result, machine_error, rng)
+        fused = self._make_table(candidates, result, machine, error, low, high)
         self._describe(fused, result)
         return Struct(fused=fused, voters=result.agents.to_table())
 
@@ -393,57 +411,102 @@ class FuseLensVotesTask(PipelineTask):
             )
         return last[used]
 
-    def _compute_machine(
-        self, candidates: Table, n: int, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return log likelihood ratios of the scores, and draws of these.
+    def _compute_machine(self, candidates: Table) -> tuple[np.ndarray, np.ndarray]:
+        """Return log likelihood ratios of the machine and their errors.
 
         Parameters
         ----------
         candidates
             The candidates.
-        n
-            Number of subjects, of which the candidates are the first.
-        rng
-            Generator of random numbers.
 
         Returns
         -------
-        log_ratio
-            Shape ``(n,)``, 0 where there is no score.
-        drawn
-            Shape ``(K, n)``.
+        log_ratio, error
+            Both 0 where the machine says nothing, shape ``(N,)``.
         """
-        log_ratio, drawn = np.zeros(n), np.zeros((self.config.nDraws, n))
-        if self.config.machine == "none":
-            return log_ratio, drawn
-        name, here = self.config.machineColumn, slice(len(candidates))
+        config, n = self.config, len(candidates)
+        log_ratio, error = np.full(n, np.nan), np.zeros(n)
+        if config.machine == "auto" and CALIBRATED_COLUMN in candidates.colnames:
+            log_ratio = np.asarray(candidates[CALIBRATED_COLUMN], dtype=np.float64)
+            error = np.full(n, config.machineError)
+            if {"probability", "probability_err"} <= set(candidates.colnames):
+                p, p_err = (
+                    np.asarray(candidates[c], dtype=np.float64) for c in ("probability", "probability_err")
+                )
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    given = p_err / (p * (1 - p))
+                error = np.where(np.isfinite(given), given, error)
+        elif config.machine == "probability":
+            # No machine is ever as sure as 32-bit numbers round to.
+            p = np.clip(self._get_column(candidates, config.machineColumn), 1e-7, 1 - 1e-7)
+            log_ratio, error = logit(p) - logit(config.machinePrevalence), np.full(n, config.machineError)
+        if config.machine == "roc" or (config.machine == "auto" and config.rocThresholds):
+            calibration = config.make_calibration()
+            bins = calibration.find_bins(self._get_column(candidates, config.machineColumn))
+            use = np.isnan(log_ratio) & (bins >= 0)
+            log_ratio = np.where(use, calibration.log_ratios[bins], log_ratio)
+            error = np.where(use, calibration.errors[bins], error)
+        silent = np.isnan(log_ratio)
+        self.metadata["n_machine"] = int((~silent).sum())
+        if config.machine == "auto" and silent.all():
+            self.log.warning(
+                "No candidate has a %s, so the machine takes no part.  Calibrate the model, configure "
+                "rocThresholds, or set machine to 'none'.",
+                CALIBRATED_COLUMN,
+            )
+        return np.where(silent, 0.0, log_ratio), np.where(silent, 0.0, error)
+
+    def _get_column(self, candidates: Table, name: str) -> np.ndarray:
+        """Return a column of the candidates as float64."""
         if name not in candidates.colnames:
             raise InvalidQuantumError(
                 f"The candidates have no column {name!r}; configure machineColumn.  They have "
                 f"{', '.join(candidates.colnames)}."
             )
-        scores = np.asarray(candidates[name], dtype=np.float64)
-        if self.config.machine == "roc":
-            calibration = self.config.make_calibration()
-            log_ratio[here] = calibration.compute_log_ratio(scores)
-            drawn[:, here] = calibration.draw_log_ratio(scores, rng, self.config.nDraws)
-        else:
-            # No machine is ever as sure as 32-bit numbers round to.
-            p = np.clip(np.nan_to_num(scores, nan=self.config.machinePrevalence), 1e-7, 1 - 1e-7)
-            log_ratio[here] = logit(p) - logit(self.config.machinePrevalence)
-            error = np.where(np.isnan(scores), 0.0, self.config.machineError)
-            drawn[:, here] = log_ratio[here] + error * rng.standard_normal((self.config.nDraws, len(scores)))
-        return log_ratio, drawn
+        return np.asarray(candidates[name], dtype=np.float64)
+
+    def _compute_errors(
+        self, result: SwapResult, machine_error: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the error of the log odds and the limits of the posterior.
+
+        Parameters
+        ----------
+        result
+            Posteriors and agents.
+        machine_error
+            Standard deviation of the machine's log ratios, shape ``(N,)``.
+        rng
+            Generator of random numbers.
+
+        Returns
+        -------
+        error, low, high
+            Standard deviation of the log odds; 16th and 84th percentile of
+            the posterior; shape ``(N,)``.
+        """
+        log_odds, error = result.log_odds, machine_error.copy()
+        low, high = log_odds - error, log_odds + error
+        voted = np.flatnonzero(result.ballots.n_votes)
+        if len(voted):
+            drawn = result.select_subjects(voted).draw_log_odds(rng, self.config.nDraws, machine_error[voted])
+            error[voted] = drawn.std(axis=0, dtype=np.float64)
+            low[voted], high[voted] = np.percentile(drawn, (16, 84), axis=0)
+        return error, expit(low), expit(high)
 
     def _make_table(
-        self, candidates: Table, result: SwapResult, machine: np.ndarray, drawn: np.ndarray
+        self,
+        candidates: Table,
+        result: SwapResult,
+        machine: np.ndarray,
+        error: np.ndarray,
+        low: np.ndarray,
+        high: np.ndarray,
     ) -> Table:
         """Return the candidates with what is known of them now, in order."""
         n, ballots = len(candidates), result.ballots
-        log_odds, drawn = result.log_odds[:n], drawn[:, :n]
+        log_odds = result.log_odds[:n]
         posterior = expit(log_odds)
-        low, high = expit(np.percentile(drawn, (16, 84), axis=0))
         verdict = decide(posterior, detection=self.config.detection, rejection=self.config.rejection)
         says_lens = np.bincount(ballots.subject, weights=ballots.says_lens, minlength=n)[:n]
         p_lens, p_not = self._get_typical_voter(result)
@@ -453,10 +516,10 @@ class FuseLensVotesTask(PipelineTask):
         values = {
             "fused_rank": _rank(log_odds),
             "posterior": posterior,
-            "posterior_low": low,
-            "posterior_high": high,
+            "posterior_low": low[:n],
+            "posterior_high": high[:n],
             "log_odds": log_odds,
-            "log_odds_error": drawn.std(axis=0, dtype=np.float64),
+            "log_odds_error": error[:n],
             "machine_log_ratio": machine[:n],
             "n_votes": ballots.n_votes[:n],
             "n_votes_lens": says_lens,

@@ -384,11 +384,35 @@ class SwapResult:
         """Probability of a lens after all votes, shape ``(N,)``."""
         return expit(self.log_odds)
 
+    def select_subjects(self, subjects: np.ndarray) -> SwapResult:
+        """Return the same for some of the subjects.
+
+        Parameters
+        ----------
+        subjects
+            Indices of subjects, each once.
+        """
+        place = np.full(len(self.ballots.truth), -1)
+        place[subjects] = np.arange(len(subjects))
+        kept = place[self.ballots.subject] >= 0
+        ballots = self.ballots[kept]
+        return dataclasses.replace(
+            self,
+            ballots=dataclasses.replace(
+                ballots, subject=place[ballots.subject], truth=self.ballots.truth[subjects]
+            ),
+            p_lens=self.p_lens[kept],
+            p_not=self.p_not[kept],
+            n_lens=self.n_lens[kept],
+            n_not=self.n_not[kept],
+            prior_log_odds=self.prior_log_odds[subjects],
+        )
+
     def draw_log_odds(
         self,
         rng: np.random.Generator,
         n_draws: int = N_DRAWS,
-        prior_log_odds: np.ndarray | None = None,
+        prior_error: np.ndarray | float = 0.0,
     ) -> np.ndarray:
         """Draw what the log odds may be, for all that is known of the agents.
 
@@ -402,21 +426,19 @@ class SwapResult:
             Generator of random numbers.
         n_draws
             Number of draws.
-        prior_log_odds
-            Log odds before any vote, shape ``(K, N)``, if these are
-            uncertain too.
+        prior_error
+            Standard deviation of the log odds before any vote, of all
+            subjects or of each.
 
         Returns
         -------
         log_odds
             Shape ``(K, N)``, float32.
         """
-        prior = np.broadcast_to(self.prior_log_odds, (n_draws, len(self.prior_log_odds)))
-        if prior_log_odds is not None:
-            prior = prior_log_odds
-        drawn = np.empty(prior.shape, dtype=np.float32)
-        for k in range(n_draws):
-            drawn[k] = compute_odds(self.ballots, self._draw_log_ratio(rng, slice(None)), prior[k])
+        drawn = np.empty((n_draws, len(self.prior_log_odds)), dtype=np.float32)
+        for draw in drawn:
+            prior = self.prior_log_odds + prior_error * rng.standard_normal(len(self.prior_log_odds))
+            draw[:] = compute_odds(self.ballots, self._draw_log_ratio(rng, slice(None)), prior)
         return drawn
 
     def compute_trajectory(
