@@ -27,12 +27,10 @@ import csv
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import textwrap
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +46,7 @@ from lsst.daf.butler.cli.utils import LogCliRunner
 from lsst.meas.deeplearn.cli import ingest_lens_votes, make_inspection_page
 from lsst.meas.deeplearn.cutouts import Cutouts
 from lsst.meas.deeplearn.lenses.fuse_lens_votes_task import FuseLensVotesTask
+from lsst.meas.deeplearn.lenses.inspection_candidates import choose_candidates
 from lsst.meas.deeplearn.lenses.lens_finder_task import CANDIDATE_COLUMNS
 from lsst.meas.deeplearn.lenses.plots import NO_DATA_COLOR, make_color_images
 from lsst.meas.deeplearn.lenses.visual_inspection import (
@@ -55,6 +54,7 @@ from lsst.meas.deeplearn.lenses.visual_inspection import (
     InspectionPage,
     InspectionPageError,
     make_pictures,
+    measure_magnitudes,
     write_inspection_page,
 )
 from lsst.meas.deeplearn.lenses.vote_files import read_truth, read_votes
@@ -63,7 +63,6 @@ from lsst.sphgeom import ConvexPolygon, LonLat, UnitVector3d
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NASTY = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>&amp;"
 BIG_ID = 3_000_000_000_000_000_001
 """Above 2**53, where the numbers of JavaScript have gaps."""
@@ -139,7 +138,7 @@ def test_page_holds_what_it_needs(tmp_path: Path) -> None:
     data = read_data(page.path)
     assert data["ids"] == [str(BIG_ID + k) for k in range(12)]
     assert data["flag_names"][data["flags"][3][0]] == "edge"
-    assert {detail["key"] for detail in data["details"] if detail["machine"]} >= {"rank", "score"}
+    assert {detail["key"] for detail in data["details"] if detail["is_machine"]} >= {"rank", "score"}
     snr = next(detail for detail in data["details"] if detail["key"] == "ringfinder_snr")
     assert snr["values"][4] is None
     source = text.replace(json.dumps(data["viewers"])[1:-1], "")
@@ -187,6 +186,35 @@ def test_tables_that_do_not_fit(tmp_path: Path) -> None:
     assert not (tmp_path / "no.html").exists()
     small = write_inspection_page(tmp_path / "small.html", candidates, cutouts, size=11)
     assert read_data(small.path)["size"] == 11
+
+
+def test_best_of_those_with_a_stamp() -> None:
+    """The best that can be shown are chosen, so that none leaves a hole, and
+    known ones besides.
+    """
+    candidates = make_candidates(12)
+    with_stamps = BIG_ID + np.array([1, 3, 4, 7, 9, 11])
+    chosen, n_passed_over = choose_candidates(candidates, with_stamps, best=3)
+    assert (chosen["objectId"] - BIG_ID).tolist() == [1, 3, 4]
+    assert n_passed_over == 2
+    known = {BIG_ID + 1: True, BIG_ID + 8: False, BIG_ID + 11: False}
+    chosen, n_passed_over = choose_candidates(candidates, with_stamps, best=3, known=known)
+    assert (chosen["objectId"] - BIG_ID).tolist() == [1, 3, 4, 7, 11]
+    assert n_passed_over == 4
+    chosen, n_passed_over = choose_candidates(candidates, with_stamps[:0], best=3)
+    assert (len(chosen), n_passed_over) == (0, 0)
+
+
+def test_magnitudes() -> None:
+    """A magnitude is that of the pixels in the middle, in nJy."""
+    cutouts = make_cutouts(2)
+    cutouts.image[:] = 0.0
+    cutouts.image[0, 1, 10, 10] = 1000.0
+    cutouts.image[0, 1, 0, 0] = 1e6
+    assert measure_magnitudes(cutouts, "r")[0] == pytest.approx(23.9)
+    assert np.isnan(measure_magnitudes(cutouts, "r")[1])
+    cutouts.bad[0, 1, 11, 10] = True
+    assert np.isnan(measure_magnitudes(cutouts, "r")[0])
 
 
 def test_pictures() -> None:
@@ -273,15 +301,17 @@ def test_commands(tmp_path: Path) -> None:
     known = tmp_path / "known.csv"
     known.write_text(f"candidate_id,is_lens\n{BIG_ID + 9},0\n")
     code, output = invoke(
-        make_inspection_page, repo, page, "--collections", "lenses", "--best", 10, "--injected", "lens_truth",
+        make_inspection_page, repo, page, "--collections", "lenses", "--best", 6, "--injected", "lens_truth",
         "--known", known, "--zooniverse", tmp_path / "zooniverse",
     )  # fmt: skip
     assert code == 0, output
-    assert "Wrote 10 candidates" in output
+    # Known ones are there besides the best, whatever their rank.
+    assert "Wrote 8 of 12 candidates" in output
     assert read_truth(tmp_path / "page_key.csv") == {BIG_ID + 2: True, BIG_ID + 9: False}
     data = read_data(page)
     assert (data["skymap"], set(data["tract"])) == ("sky", {7})
-    assert len(list((tmp_path / "zooniverse").glob("*.png"))) == 40
+    assert set(data["ids"]) == {str(BIG_ID + k) for k in (0, 1, 2, 3, 4, 5, 6, 9)}
+    assert len(list((tmp_path / "zooniverse").glob("*.png"))) == 32
 
     votes = tmp_path / "votes.csv"
     votes.write_text(
@@ -387,38 +417,6 @@ def test_documented_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 # In the browser.
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Headless Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("There is no Chromium.")
-    arguments = (
-        "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync"
-    )
-    with playwright.sync_playwright() as context:
-        browser = context.chromium.launch(executable_path=CHROMIUM, args=arguments.split())
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """Open a tab that in the end has said nothing and asked for nothing."""
-    context = browser.new_context(viewport={"width": 1366, "height": 768}, accept_downloads=True)
-    page = context.new_page()
-    messages: list[str] = []
-    page.on("console", lambda message: messages.append(message.text))
-    page.on("pageerror", lambda error: messages.append(str(error)))
-    page.on(
-        "request", lambda request: None if request.url.startswith("file:") else messages.append(request.url)
-    )
-    yield page
-    assert messages == []
-    context.close()
-
-
 def open_page(page: Page, path: Path, *, name: str | None = "Ada") -> None:
     """Open an inspection page, and give a name."""
     page.goto(path.as_uri())
@@ -490,6 +488,102 @@ def test_grade_by_keyboard(page: Page, tmp_path: Path) -> None:
     fused = FuseLensVotesTask(config=FuseLensVotesTask.ConfigClass()).run(make_candidates(12), [votes]).fused
     assert fused["objectId"][-1] == BIG_ID + 2
     assert set(fused["objectId"][:2]) == {BIG_ID, BIG_ID + 1}
+
+
+def import_votes(page: Page, path: Path) -> None:
+    """Take votes back from a file."""
+    page.click("#name-button")
+    with page.expect_file_chooser() as chooser:
+        page.click("#import")
+    chooser.value.set_files(path)
+    page.wait_for_selector("#help", state="hidden")
+
+
+def test_go_on_elsewhere(browser: Browser, page: Page, tmp_path: Path) -> None:
+    """Votes that were exported on one computer are imported on another, where
+    of two votes the later one stays; a file that is none changes nothing.
+    """
+    path = write(tmp_path / "page.html").path
+    open_page(page, path)
+    for key in "ab":
+        page.keyboard.press(key)
+    votes = export(page, tmp_path / "votes.csv")
+    context = browser.new_context()
+    other = context.new_page()
+    open_page(other, path, name=None)
+    with other.expect_file_chooser() as chooser:
+        other.click("#import")
+    chooser.value.set_files(tmp_path / "votes.csv")
+    other.wait_for_selector("#help", state="hidden")
+    assert other.inner_text("#name-button") == "Ada"
+    assert other.inner_text("#status") == "Imported 2 votes from votes.csv."
+    other.keyboard.press("Home")
+    other.keyboard.press("n")
+    other.reload()
+    assert other.inner_text("#progress-text") == "2 of 12"
+    later = export(other, tmp_path / "later.csv")
+    assert later["grade"].tolist() == ["N", "B"]
+    assert later["time"][1] == votes["time"][1]
+    context.close()
+
+    import_votes(page, tmp_path / "later.csv")
+    assert "Imported 1 votes from later.csv. 1 were here already" in page.inner_text("#status")
+    import_votes(page, tmp_path / "votes.csv")
+    assert "Imported 0 votes" in page.inner_text("#status")
+    assert export(page, tmp_path / "again.csv")["grade"].tolist() == ["N", "B"]
+
+    row = f"{BIG_ID},Ada,A,2030-01-01T00:00:00Z"
+    bad = tmp_path / "bad.csv"
+    for content, message in (
+        ("", "no column candidate_id"),
+        ("a,b\n1,2\n", "no column candidate_id, voter, grade, time"),
+        (f"candidate_id,voter,grade,time\n{row}\n1,Ada,<b>,2030\n", "line 3 is no vote"),
+        (f"candidate_id,voter,grade,time\n{row}\n1,Ada,A,never\n", "line 3 is no vote"),
+        (f"candidate_id,voter,grade,time\n{row}\n1,Ada,A\n", "line 3 is no vote"),
+        ('candidate_id,voter,grade,time\n1,"Ada,A,2030\n', "ends within quotes"),
+        ("candidate_id,voter,grade,time\n1,<img src=x onerror=alert(1)>,A,2030-01-01\n", "those of <img src"),
+        (f"candidate_id,voter,grade,time\n{row}\n1,Ben,A,2030-01-01\n", "several voters"),
+    ):
+        bad.write_text(content)
+        import_votes(page, bad)
+        assert "Nothing was imported from bad.csv" in page.inner_text("#warning")
+        assert message in page.inner_text("#warning")
+    bad.write_text("candidate_id,voter,grade,time\n1,Ada,A,2030-01-01\n")
+    import_votes(page, bad)
+    assert "1 are on candidates of another page" in page.inner_text("#status")
+    assert page.is_hidden("#warning")
+    assert export(page, tmp_path / "again.csv")["grade"].tolist() == ["N", "B"]
+
+
+def test_known_lenses_and_errors(page: Page, tmp_path: Path) -> None:
+    """After the vote the page tells known lenses, and probabilities with
+    their errors, however small.
+    """
+    candidates = make_candidates(3)
+    candidates["known_lens"] = ["J1 (confident)", "", ""]
+    candidates["probability"] = [2.34e-5, 0.5, np.nan]
+    candidates["probability_err"] = [1e-5, 0.1, np.nan]
+    candidates["posterior"], candidates["posterior_low"] = [0.9, 0.5, 0.1], [0.8, 0.4, 0.05]
+    candidates["posterior_high"] = [0.95, 0.6, 0.2]
+    path = tmp_path / "page.html"
+    write_inspection_page(path, candidates, make_cutouts(3), links="after vote")
+    open_page(page, path)
+    assert page.is_hidden("#card0 .known")
+    assert page.locator("#links a").count() == 0
+    page.keyboard.press("a")
+    page.keyboard.press("ArrowLeft")
+    assert page.is_visible("#card0 .known")
+    assert page.get_attribute("#card0", "aria-label").endswith("known lens")
+    facts = page.inner_text("#facts")
+    assert "J1 (confident)" in facts
+    assert "2.3e\u22125 \u00b1 1.0e\u22125" in facts
+    assert "0.900 (0.800 to 0.950)" in facts
+    assert page.locator("#links a").count() == 5
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("n")
+    page.keyboard.press("ArrowLeft")
+    assert "0.500 \u00b1 0.100" in page.inner_text("#facts")
+    assert page.is_hidden("#card1 .known")
 
 
 def test_mouse_and_buttons(page: Page, tmp_path: Path) -> None:

@@ -251,6 +251,15 @@ def show_lens_demo(repo: str, collections: str, best: int) -> None:
     help="Catalogue (name, ra, dec) to look the candidates up in, or 'lenscat' for that of this package; "
     "what is known is shown after the vote.",
 )
+@click.option(
+    "--examples",
+    default=None,
+    help="Dataset type that SimulateLensesTask writes (lens_training_cutouts): simulated lenses and "
+    "non-lenses are mixed in blindly, to weigh the voters.",
+)
+@click.option(
+    "--n-examples", default=50, show_default=True, help="Number of these lenses, and of the non-lenses."
+)
 @click.option("--feedback", is_flag=True, help="Tell voters the truth after their vote, where it is known.")
 @click.option("--title", default="Lens candidates", show_default=True, help="Title of the page.")
 @click.option(
@@ -272,6 +281,8 @@ def make_inspection_page(
     known: Path | None,
     injected: str | None,
     known_lenses: str | None,
+    examples: str | None,
+    n_examples: int,
     feedback: bool,
     title: str,
     zooniverse: Path | None,
@@ -281,32 +292,38 @@ def make_inspection_page(
     PAGE is the HTML file to write.  It opens in any browser, from disk.
     Votes are exported from it as CSV; 'butler ingest-lens-votes' takes them.
     """
+    from astropy.table import vstack
+
     from lsst.daf.butler import Butler, ButlerUserError
 
+    from .cutouts import Cutouts
+    from .lenses import inspection_candidates as chooser
     from .lenses.known_lenses import flag_known_lenses, read_known_lenses
-    from .lenses.visual_inspection import (
-        find_injected_lenses,
-        make_pictures,
-        match_cutouts,
-        read_candidates,
-        read_cutouts,
-        write_inspection_page,
-    )
+    from .lenses.visual_inspection import make_pictures, match_cutouts, write_inspection_page
     from .lenses.vote_files import read_truth, write_zooniverse_manifest
 
     names = [name.strip() for name in collections.split(",")]
     try:
         truth = read_truth(known) if known is not None else {}
         with Butler.from_config(repo) as butler:
-            table, skymap = read_candidates(
-                butler, candidates, names, where=where, order_by=order_by, best=best
-            )
-            stamps = read_cutouts(butler, cutouts, names, table, where=where)
+            table, skymap = chooser.read_candidates(butler, candidates, names, where=where, order_by=order_by)
             if injected is not None:
-                truth |= find_injected_lenses(butler, injected, names, table, where=where)
-        if known_lenses is not None:
-            catalog = read_known_lenses(None if known_lenses == "lenscat" else known_lenses)
-            flag_known_lenses(table, catalog)
+                truth |= chooser.find_injected_lenses(butler, injected, names, table, where=where)
+            ids = chooser.read_cutout_ids(butler, cutouts, names, where=where)
+            n_all = len(table)
+            table, n_passed_over = chooser.choose_candidates(table, ids, best=best, known=truth)
+            stamps = chooser.read_cutouts(butler, cutouts, names, table, where=where)
+            if known_lenses is not None:
+                catalog = read_known_lenses(None if known_lenses == "lenscat" else known_lenses)
+                flag_known_lenses(table, catalog)
+            n_found = len(table)
+            if examples is not None:
+                rows, more, answers = chooser.read_examples(
+                    butler, examples, names, table, stamps, number=n_examples, where=where
+                )
+                table = vstack([table, rows], metadata_conflicts="silent")
+                stamps = Cutouts.concatenate([stamps, more])
+                truth |= answers
         written = write_inspection_page(
             page,
             table,
@@ -315,15 +332,20 @@ def make_inspection_page(
             skymap=skymap,
             truth=truth,
             feedback=feedback,
+            links="always" if examples is None else "after vote",
             order="random" if shuffle else "given",
             show_scores=show_scores,
         )
     except (ButlerUserError, ImportError, OSError, ValueError) as err:
         raise click.ClickException(str(err)) from err
-    click.echo(f"Wrote {written.n_candidates} candidates to {written.path}.")
-    if written.n_without_cutouts:
+    click.echo(f"Wrote {n_found} of {n_all} candidates to {written.path}.")
+    if len(table) > n_found:
+        n_lenses = sum(answers.values())
+        click.echo(f"Among them are {n_lenses} simulated lenses and {len(answers) - n_lenses} non-lenses.")
+    if n_passed_over:
         click.echo(
-            f"{written.n_without_cutouts} more have no cutouts; nCutouts of LensFinderTask sets how many do."
+            f"{n_passed_over} candidates that come before the last of these have no stamp; nCutouts of "
+            "LensFinderTask sets how many of a patch do."
         )
     if written.key_path is not None:
         click.echo(f"Keep {written.key_path} from the voters: it says which ones are known.")

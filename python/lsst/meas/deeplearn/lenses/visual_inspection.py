@@ -33,11 +33,10 @@ __all__ = (
     "DEFAULT_VIEWERS",
     "InspectionPage",
     "InspectionPageError",
-    "find_injected_lenses",
+    "crop_cutouts",
     "make_pictures",
     "match_cutouts",
-    "read_candidates",
-    "read_cutouts",
+    "measure_magnitudes",
     "write_inspection_page",
 )
 
@@ -53,19 +52,15 @@ import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from astropy.table import Table, vstack
+from astropy.table import Column, Table
 
 from ..cutouts import Cutouts
 from ..preprocessing import compute_noise
 from .plots import BAND_WEIGHTS, BLACK, NO_DATA_COLOR, SOFTENING, STRETCH, make_color_images
-from .truth import match_truth
 from .vote_files import GRADES, write_truth
-
-if TYPE_CHECKING:
-    from lsst.daf.butler import Butler, DatasetRef
 
 TEMPLATE_FOLDER = Path(__file__).parent / "inspection_page"
 """Where the page's HTML, style and script are."""
@@ -88,20 +83,40 @@ of 5 per cent in the core of a galaxy."""
 N_STEPS = 254
 """Number of steps; 0 is a bad pixel."""
 
-_DETAILS: Mapping[str, tuple[str, str, int, bool]] = {
-    # Label, unit, digits and whether it tells what the machine, or anyone
-    # else, thinks.
-    "rank": ("Rank", "", 0, True),
-    "score": ("Score", "", 4, True),
-    "probability": ("Probability of a lens", "", 4, True),
-    "posterior": ("Posterior", "", 4, True),
-    "ringfinder_snr": ("RingFinder S/N", "", 1, True),
-    "ringfinder_is_lens": ("RingFinder: lens", "", 0, True),
-    "n_votes": ("Votes so far", "", 0, True),
-    "known_lens": ("Known lens", "", 0, True),
-    "magnitude": ("Magnitude", "mag", 2, False),
-    "masked_fraction": ("Masked fraction", "", 3, False),
-    "patch": ("Patch", "", 0, False),
+APERTURE = 1.5
+"""Radius in arcsec of the magnitude that is measured on stamps."""
+
+AB_ZERO_POINT = 31.4
+"""AB magnitude of 1 nJy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Detail:
+    """A column that the page shows."""
+
+    label: str
+    digits: int = 0
+    is_machine: bool = True
+    """Does it tell what the machine, or anyone else, thinks?"""
+    unit: str = ""
+    errors: tuple[str, ...] = ()
+    """Column with the error, or those with the limits, if they are there."""
+    is_probability: bool = False
+    """Do small values matter?"""
+
+
+_DETAILS: Mapping[str, _Detail] = {
+    "rank": _Detail("Rank"),
+    "score": _Detail("Score", 3, errors=("score_err",)),
+    "probability": _Detail("Probability", 3, errors=("probability_err",), is_probability=True),
+    "posterior": _Detail("Posterior", 3, errors=("posterior_low", "posterior_high"), is_probability=True),
+    "ringfinder_snr": _Detail("RingFinder S/N", 1),
+    "ringfinder_is_lens": _Detail("RingFinder: lens"),
+    "n_votes": _Detail("Votes so far"),
+    "known_lens": _Detail("Known lens"),
+    "magnitude": _Detail("Magnitude", 2, is_machine=False, unit="mag"),
+    "masked_fraction": _Detail("Masked fraction", 3, is_machine=False),
+    "patch": _Detail("Patch", is_machine=False),
 }
 
 
@@ -142,6 +157,7 @@ def write_inspection_page(
     size: int | None = None,
     truth: Mapping[int, bool] | None = None,
     feedback: bool = False,
+    links: Literal["always", "after vote"] = "always",
     order: Literal["given", "random"] = "given",
     show_scores: bool = False,
     viewers: Mapping[str, str] = DEFAULT_VIEWERS,
@@ -179,6 +195,9 @@ def write_inspection_page(
     feedback
         Tell voters the truth after their vote, where it is known?  The page
         then holds it.
+    links
+        When to show links to viewers of the sky.  These show simulated
+        lenses without their arcs.
     order
         Keep the order of the table or shuffle it?  A ranked order tells
         voters what the machine thinks.
@@ -214,6 +233,9 @@ def write_inspection_page(
     known = {int(i): truth[int(i)] for i in candidates["objectId"][rows] if int(i) in truth}
     places = _mix(np.array([int(i) in known for i in candidates["objectId"][rows]]), order, seed)
     table, stamps = candidates[rows[places]], stamps[places]
+    if "magnitude" not in table.colnames:
+        band = next((band for band in bands if band in stamps.bands), stamps.bands[0])
+        table["magnitude"] = measure_magnitudes(stamps, band)
     page_id = _make_page_id(skymap, table["objectId"])
     data: dict[str, Any] = {
         "page": page_id,
@@ -222,9 +244,10 @@ def write_inspection_page(
         "grades": dict(GRADES),
         "viewers": [[name, address] for name, address in viewers.items()],
         "show_scores": show_scores,
+        "links_after_vote": links == "after vote",
         "truth": [known.get(int(i)) for i in table["objectId"]] if feedback else None,
         **_describe_candidates(table),
-        **_pack_pixels(_crop(stamps, size), bands),
+        **_pack_pixels(crop_cutouts(stamps, size), bands),
     }
     _write_atomically(path, _fill_template(title, data))
     key_path = path.with_name(f"{path.stem}_key.csv") if known else None
@@ -304,141 +327,49 @@ def match_cutouts(candidates: Table, cutouts: Table | Cutouts) -> tuple[Cutouts,
     return cutouts[order[first[place[found]]]], found
 
 
-def read_candidates(
-    butler: Butler,
-    dataset_type: str,
-    collections: Sequence[str],
-    *,
-    where: str = "",
-    order_by: str = "rank",
-    best: int | None = None,
-) -> tuple[Table, str]:
-    """Read the first candidates of some tracts by a column.
+def crop_cutouts(cutouts: Cutouts, size: int | None) -> Cutouts:
+    """Return the middle of stamps.
 
     Parameters
     ----------
-    butler
-        A butler.
-    dataset_type
-        Name of the dataset type, such as ``lens_candidates_ranked``.
-    collections
-        Collections to search.
-    where
-        Which tracts, as a query expression; all by default.
-    order_by
-        Column to order by, from 1; others than these come last.
-    best
-        Largest number of candidates; all by default.
-
-    Returns
-    -------
-    candidates
-        Table in the order of the column.
-    skymap
-        Name of the sky map.
-
-    Raises
-    ------
-    InspectionPageError
-        Raised if there are none, if they are on several sky maps, or if
-        they lack the column.
+    cutouts
+        Stamps.
+    size
+        Side in pixels; `None`, or one that is not smaller, for all.
     """
-    refs, tables = _read_tables(butler, dataset_type, collections, where)
-    skymaps = {str(ref.dataId["skymap"]) for ref in refs}
-    if len(skymaps) > 1:
-        raise InspectionPageError(f"Candidates of several sky maps, {sorted(skymaps)}; choose with --where.")
-    table = vstack([part for part in tables if len(part)] or tables[:1], metadata_conflicts="silent")
-    if order_by not in table.colnames:
-        raise InspectionPageError(f"{dataset_type} has no column {order_by!r}, but {table.colnames}.")
-    place = np.asarray(table[order_by], dtype=np.float64)
-    order = np.argsort(np.where(place > 0, place, np.inf), kind="stable")
-    return table[order][:best], skymaps.pop()
+    if size is None or size >= cutouts.size:
+        return cutouts
+    margin = (cutouts.size - size) // 2
+    middle = (..., slice(margin, cutouts.size - margin), slice(margin, cutouts.size - margin))
+    return dataclasses.replace(
+        cutouts, image=cutouts.image[middle], variance=cutouts.variance[middle], bad=cutouts.bad[middle]
+    )
 
 
-def read_cutouts(
-    butler: Butler, dataset_type: str, collections: Sequence[str], candidates: Table, *, where: str = ""
-) -> Cutouts:
-    """Read the stamps of candidates.
+def measure_magnitudes(cutouts: Cutouts, band: str, *, radius: float = APERTURE) -> Column:
+    """Measure AB magnitudes in an aperture in the middle of stamps.
 
     Parameters
     ----------
-    butler
-        A butler.
-    dataset_type
-        Name of the dataset type, such as ``lens_cutouts``.
-    collections
-        Collections to search.
-    candidates
-        Table with ``objectId``.
-    where
-        Which tracts, as a query expression; all by default.
+    cutouts
+        Stamps.
+    band
+        Name of the band.
+    radius
+        Radius of the aperture in arcsec.
 
     Returns
     -------
-    stamps
-        Stamps of those candidates that have any, in any order.
-
-    Raises
-    ------
-    InspectionPageError
-        Raised if none of the candidates has one.
+    magnitudes
+        NaN where a pixel of the aperture is bad or the flux is not positive,
+        shape ``(N,)``.
     """
-    ids = np.asarray(candidates["objectId"])
-    parts = []
-    # One at a time: the stamps of a tract need gigabytes.
-    for ref in butler.query_datasets(dataset_type, collections, where=where, explain=False):
-        table = butler.get(ref)
-        wanted = np.isin(np.asarray(table["ids"]), ids)
-        if wanted.any():
-            parts.append(Cutouts.from_table(table[wanted]))
-    if not parts:
-        raise InspectionPageError(f"None of the {len(ids)} candidates has a stamp in {dataset_type}.")
-    return Cutouts.concatenate(parts)
-
-
-def find_injected_lenses(
-    butler: Butler, dataset_type: str, collections: Sequence[str], candidates: Table, *, where: str = ""
-) -> dict[int, bool]:
-    """Find the candidates that are injected lenses.
-
-    Parameters
-    ----------
-    butler
-        A butler.
-    dataset_type
-        Name of the dataset type, such as ``lens_truth``.
-    collections
-        Collections to search.
-    candidates
-        Table with ``objectId``, ``coord_ra`` and ``coord_dec``.
-    where
-        Which tracts, as a query expression; all by default.
-
-    Returns
-    -------
-    truth
-        True for each of them, by its ID.
-
-    Raises
-    ------
-    InspectionPageError
-        Raised if there are no tables of injected lenses.
-    """
-    lenses = vstack(_read_tables(butler, dataset_type, collections, where)[1], metadata_conflicts="silent")
-    return dict.fromkeys(candidates["objectId"][match_truth(candidates, lenses) >= 0].tolist(), True)
-
-
-def _read_tables(
-    butler: Butler, dataset_type: str, collections: Sequence[str], where: str
-) -> tuple[list[DatasetRef], list[Table]]:
-    """Read the datasets of some tracts or patches, in order."""
-    refs = butler.query_datasets(dataset_type, collections, where=where, explain=False)
-    if not refs:
-        raise InspectionPageError(
-            f"There is no {dataset_type} in {', '.join(collections)}{' where ' if where else ''}{where}."
-        )
-    refs.sort(key=lambda ref: tuple(ref.dataId.required_values))
-    return refs, [butler.get(ref) for ref in refs]
+    b, middle = cutouts.bands.index(band), cutouts.size // 2
+    y, x = np.mgrid[: cutouts.size, : cutouts.size] - middle
+    aperture = np.hypot(x, y) * cutouts.pixel_scale <= radius
+    flux = np.where(cutouts.bad[:, b], np.nan, cutouts.image[:, b])[:, aperture].sum(axis=1, dtype=np.float64)
+    magnitudes = AB_ZERO_POINT - 2.5 * np.log10(np.where(flux > 0, flux, np.nan))
+    return Column(magnitudes, name="magnitude", description=f"{band} within {radius:g} arcsec of the middle")
 
 
 def _mix(known: np.ndarray, order: str, seed: int) -> np.ndarray:
@@ -459,37 +390,24 @@ def _make_page_id(skymap: str, object_ids: np.ndarray) -> str:
     return hashlib.sha256(skymap.encode() + b"\0" + ids.tobytes()).hexdigest()[:16]
 
 
-def _crop(cutouts: Cutouts, size: int | None) -> Cutouts:
-    """Return the middle of the stamps."""
-    if size is None or size >= cutouts.size:
-        return cutouts
-    margin = (cutouts.size - size) // 2
-    middle = (..., slice(margin, cutouts.size - margin), slice(margin, cutouts.size - margin))
-    return dataclasses.replace(
-        cutouts, image=cutouts.image[middle], variance=cutouts.variance[middle], bad=cutouts.bad[middle]
-    )
-
-
 def _describe_candidates(table: Table) -> dict[str, Any]:
     """Return what the page says of each candidate, as types JSON has."""
     flag_names = [name for name in table.colnames if name.startswith("flag_")]
     flags = np.array([np.asarray(table[name], dtype=bool) for name in flag_names]).reshape(-1, len(table))
     details = []
-    for name, (label, unit, digits, is_machine) in _DETAILS.items():
-        if name in table.colnames:
-            values = [_to_json(value, digits) for value in np.asarray(table[name]).tolist()]
-            if all(value is None for value in values):
-                continue
-            details.append(
-                {
-                    "key": name,
-                    "label": label,
-                    "unit": unit,
-                    "digits": digits,
-                    "machine": is_machine,
-                    "values": values,
-                }
-            )
+    for name, detail in _DETAILS.items():
+        if name not in table.colnames:
+            continue
+        values = _list_values(table[name], detail)
+        if all(value is None for value in values):
+            continue
+        description = {"key": name, "values": values, "title": table[name].description or ""}
+        description |= dataclasses.asdict(detail)
+        if set(detail.errors) <= set(table.colnames):
+            description["errors"] = [_list_values(table[column], detail) for column in detail.errors]
+        else:
+            description["errors"] = []
+        details.append(description)
     tract = np.asarray(table["tract"]) if "tract" in table.colnames else np.full(len(table), -1)
     return {
         # As text: a number of JavaScript has 53 bits.
@@ -503,13 +421,22 @@ def _describe_candidates(table: Table) -> dict[str, Any]:
     }
 
 
-def _to_json(value: Any, digits: int) -> Any:
-    """Return a value of a table as JSON has it."""
+def _list_values(column: Column, detail: _Detail) -> list[Any]:
+    """Return the values of a column as JSON has them."""
+    return [_to_json(value, detail.digits, detail.is_probability) for value in np.asarray(column).tolist()]
+
+
+def _to_json(value: Any, digits: int, is_probability: bool = False) -> Any:
+    """Return a value of a table as JSON has it; `None` if it is not known."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return round(value, digits) if math.isfinite(value) else None
-    return value
+        if not math.isfinite(value):
+            return None
+        return float(f"{value:.3g}") if is_probability else round(value, digits)
+    if isinstance(value, int):
+        return value if value >= 0 else None
+    return value or None
 
 
 def _pack_pixels(cutouts: Cutouts, bands: Sequence[str]) -> dict[str, Any]:

@@ -71,6 +71,56 @@
     say(`Exported ${rows.length - 1} votes as ${link.download}.`);
   }
 
+  // Rows of fields of a CSV file.
+  function parseCsv(text) {
+    const rows = [[]];
+    let field = "", quoted = false;
+    const endField = () => { rows[rows.length - 1].push(field); field = ""; };
+    for (let k = 0; k < text.length; k++) {
+      const c = text[k];
+      if (quoted) {
+        if (c !== '"') field += c;
+        else if (text[k + 1] === '"') { field += c; k++; } else quoted = false;
+      } else if (c === '"' && !field) quoted = true;
+      else if (c === ",") endField();
+      else if (c === "\n") { endField(); rows.push([]); } else if (c !== "\r") field += c;
+    }
+    if (quoted) throw new Error("it ends within quotes");
+    endField();
+    return rows.filter((row) => row.length > 1 || row[0]);
+  }
+
+  // Take back what was exported, here or elsewhere; the later vote counts.
+  function importVotes(text, file) {
+    const [header = [], ...rows] = parseCsv(text.replace(/^\ufeff/, ""));
+    const columns = ["candidate_id", "voter", "grade", "time"], place = (name) => header.indexOf(name);
+    const missing = columns.filter((name) => place(name) < 0);
+    if (missing.length) throw new Error(`it has no column ${missing.join(", ")}`);
+    const voters = new Set(rows.map((row) => row[place("voter")]));
+    if (voters.size > 1) throw new Error("it has votes of several voters");
+    const [name] = voters;
+    if (name && voter && name !== voter) throw new Error(`its votes are those of ${name}; change your name to this first`);
+    const here = new Set(data.ids);
+    let taken = 0, elsewhere = 0, older = 0;
+    const votes = { ...state.votes };
+    rows.forEach((row, k) => {
+      const get = (column) => (place(column) < 0 ? "" : row[place(column)] || "");
+      const id = get("candidate_id"), grade = get("grade"), time = new Date(get("time"));
+      if (row.length !== header.length || !(grade in gradeNames) || isNaN(time)) throw new Error(`line ${k + 2} is no vote`);
+      if (!here.has(id)) { elsewhere++; return; }
+      const previous = votes[id];
+      if (previous && !(time > new Date(previous[1]))) { older++; return; }
+      votes[id] = [grade, time.toISOString(), Number(get("seconds") || 0).toFixed(1), Number(get("saw_score") === "1")];
+      taken++;
+    });
+    if (!voter && name) voter = name;
+    state = { votes, history: [] };
+    save();
+    refreshAll();
+    say(`Imported ${taken} votes from ${file}.` + (older ? ` ${older} were here already, or a later one.` : "") +
+      (elsewhere ? ` ${elsewhere} are on candidates of another page.` : ""));
+  }
+
   // ---- Pixels ------------------------------------------------------------
 
   // What a byte stands for, in units of the noise of its band.
@@ -206,11 +256,14 @@
     const badge = document.createElement("span");
     badge.className = "badge";
     badge.hidden = true;
+    const known = document.createElement("span");
+    known.className = "known";
+    known.textContent = "known";
     const caption = document.createElement("span");
     caption.className = "caption";
     const number = document.createElement("span"), score = document.createElement("span");
     caption.append(number, score);
-    card.append(canvas, badge, caption);
+    card.append(canvas, badge, known, caption);
     if (data.flags[i].length) {
       const flag = document.createElement("span");
       flag.className = "flag";
@@ -219,20 +272,30 @@
       card.append(flag);
     }
     number.textContent = i + 1;
-    return { card, canvas, badge, score };
+    return { card, canvas, badge, known, score };
   }
 
   function refreshCard(i) {
-    const { card, badge, score } = cards[i], grade = gradeOf(i);
+    const { card, badge, known, score } = cards[i], grade = gradeOf(i);
     badge.hidden = !grade;
     badge.textContent = grade;
     badge.className = "badge " + grade;
     card.classList.toggle("graded", Boolean(grade));
     const value = machine("score") ? machine("score").values[i] : null;
     score.textContent = maySee(i) && value !== null ? value.toFixed(3) : "";
+    const name = machine("known_lens") && maySee(i) ? machine("known_lens").values[i] : null;
+    known.hidden = !name;
+    known.title = name ? `Known lens: ${name}` : "";
     const flags = data.flags[i].map((f) => data.flag_names[f]);
     card.setAttribute("aria-label", `Candidate ${i + 1}, ${grade ? "grade " + gradeNames[grade] : "no grade"}` +
-      (score.textContent ? `, score ${score.textContent}` : "") + (flags.length ? `, flags: ${flags.join(", ")}` : ""));
+      (score.textContent ? `, score ${score.textContent}` : "") + (name ? ", known lens" : "") + (flags.length ? `, flags: ${flags.join(", ")}` : ""));
+  }
+
+  function format(detail, value) {
+    if (typeof value !== "number") return value;
+    // Few of the sky's galaxies are lenses.
+    if (detail.is_probability && value > 0 && value < 0.001) return value.toExponential(1).replace("-", "\u2212");
+    return value.toFixed(detail.digits);
   }
 
   const maySee = (i) => scoresShown || Boolean(gradeOf(i));
@@ -348,11 +411,12 @@
     heading.replaceChildren(`Candidate ${i + 1} of ${n}`, small);
     for (const button of $("grades").children) button.setAttribute("aria-pressed", String(button.dataset.grade === grade));
     const facts = [];
-    const fact = (name, text, className) => {
+    const fact = (name, text, className, title) => {
       const dt = document.createElement("dt"), dd = document.createElement("dd");
       dt.textContent = name;
       dd.textContent = text;
       if (className) dd.className = className;
+      if (title) dt.title = title;
       facts.push(dt, dd);
     };
     if (data.ra[i] !== null) {
@@ -363,11 +427,14 @@
     let hidden = 0;
     for (const detail of details) {
       const value = detail.values[i];
-      if (detail.machine && !maySee(i)) { hidden++; continue; }
-      if (value !== null && value !== "") {
-        const text = typeof value === "number" ? value.toFixed(detail.digits) : value;
-        fact(detail.label, `${text} ${detail.unit}`.trim());
+      if (detail.is_machine && !maySee(i)) { hidden++; continue; }
+      if (value === null) continue;
+      const errors = detail.errors.map((column) => column[i]);
+      let text = format(detail, value);
+      if (errors.length && !errors.includes(null)) {
+        text += errors.length > 1 ? ` (${errors.map((e) => format(detail, e)).join(" to ")})` : ` \u00b1 ${format(detail, errors[0])}`;
       }
+      fact(detail.label, `${text} ${detail.unit}`.trim(), "", detail.title);
     }
     if (data.flags[i].length) fact("Flags", data.flags[i].map((f) => data.flag_names[f]).join(", "), "bad");
     if (hidden) fact("Machine", "after your grade");
@@ -375,7 +442,8 @@
     const truth = data.truth ? data.truth[i] : null, known = grade && truth !== null;
     $("truth").hidden = !known;
     $("truth").textContent = known ? (truth ? "This one is known to be a lens." : "This one is known not to be a lens.") : "";
-    $("links").replaceChildren(...(data.ra[i] === null ? [] : data.viewers.flatMap(([name, address]) => {
+    const mayFollow = data.ra[i] !== null && (grade || !data.links_after_vote);
+    $("links").replaceChildren(...(!mayFollow ? [] : data.viewers.flatMap(([name, address]) => {
       const link = document.createElement("a");
       link.textContent = name;
       link.href = address.replaceAll("{ra}", data.ra[i]).replaceAll("{dec}", data.dec[i]);
@@ -415,7 +483,7 @@
     if (!voter) return askName();
     const truth = data.truth ? data.truth[i] : null;
     if (truth !== null && gradeOf(i)) return say("What this one is has been told; its first grade counts.");
-    const id = data.ids[i], saw = Number(maySee(i) && details.some((detail) => detail.machine));
+    const id = data.ids[i], saw = Number(maySee(i) && details.some((detail) => detail.is_machine));
     const previous = state.votes[id] || null;
     const seconds = Math.min((performance.now() - shownSince) / 1000, 3600);
     if (truth === null) state.history.push([id, previous]);
@@ -505,7 +573,7 @@
     scoresShown = on;
     for (const option of $("sort").options) {
       const detail = machine(option.value);
-      option.disabled = Boolean(detail && detail.machine && !on);
+      option.disabled = Boolean(detail && detail.is_machine && !on);
     }
     if ($("sort").selectedOptions[0].disabled) $("sort").value = "page";
     $("minimum-label").hidden = !on || !machine("score");
@@ -615,9 +683,22 @@
     $("smooth").addEventListener("change", refreshPicture);
     $("show-scores").checked = scoresShown;
     $("show-scores").addEventListener("change", () => showScores($("show-scores").checked));
-    $("show-scores").parentElement.hidden = !details.some((detail) => detail.machine);
+    $("show-scores").parentElement.hidden = !details.some((detail) => detail.is_machine);
     $("undo").addEventListener("click", undo);
     $("export").addEventListener("click", exportVotes);
+    $("import").addEventListener("click", () => $("import-file").click());
+    $("import-file").addEventListener("change", async () => {
+      const [file] = $("import-file").files;
+      if (!file) return;
+      $("help").close();
+      try {
+        importVotes(await file.text(), file.name);
+        $("warning").hidden = true;
+      } catch (error) {
+        warn(`Nothing was imported from ${file.name}: ${error.message}.`);
+      }
+      $("import-file").value = "";
+    });
     $("previous").addEventListener("click", () => move(-1));
     $("next").addEventListener("click", () => move(1));
     $("ungraded").addEventListener("click", goUngraded);
