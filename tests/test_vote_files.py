@@ -228,6 +228,18 @@ def test_zooniverse(tmp_path: Path) -> None:
     assert votes["truth"].tolist() == [-1, 1, 1]
     assert votes["skymap"][0] == "sky"
     assert votes["time"][1] == "2026-01-01T00:00:01.000Z"
+    # A question with several answers, a part of a combined task, no answer.
+    write_export(path, ("x", ["Not a lens"], subjects[0]), ("y", "A", subjects[1]), ("z", None, subjects[1]))
+    messages: list[str] = []
+    assert read_zooniverse_votes(path, on_error=messages.append)["grade"].tolist() == ["N", "A"]
+    assert "line 4: the answer None is none of" in messages[0]
+    combined = [{"task": "T7", "value": [{"task": "T5", "value": "B"}]}]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["user_name", "created_at", "annotations", "subject_data"])
+        writer.writerow(["x", "2026-01-01", json.dumps(combined), json.dumps({"1": subjects[0]})])
+    assert read_zooniverse_votes(path, task="T5")["grade"].tolist() == ["B"]
+    write_export(path, ("x", GRADES["A"], subjects[0]), ("y", "No", subjects[1]))
     with pytest.raises(VotesError, match="line 3: the answer 'No' is none of"):
         read_zooniverse_votes(path)
     with pytest.raises(VotesError, match="no answer to task 'T9'"):

@@ -329,9 +329,9 @@ def read_zooniverse_votes(
     path
         "Classification export" of a workflow.
     task
-        Task of the workflow that asks whether it is a lens.  The answer of
-        a drawing task is a lens wherever something is marked, as in Space
-        Warps.
+        Task of the workflow that asks whether it is a lens, also as a part
+        of a combined task.  The answer of a drawing task is a lens wherever
+        something is marked, as in Space Warps.
     answers
         Grade of each answer of a question task, as that of `GRADES`; by
         default the texts and letters of these.
@@ -355,14 +355,17 @@ def read_zooniverse_votes(
     grades |= answers or {}
 
     def parse(row: Mapping[str, str]) -> dict[str, Any]:
-        found = [item["value"] for item in json.loads(row["annotations"]) if item.get("task") == task]
-        if not found:
+        answers_given = _find_answers(json.loads(row["annotations"]), task)
+        if not answers_given:
             raise ValueError(f"there is no answer to task {task!r}")
-        answer = found[0]
-        if isinstance(answer, list):
-            grade = "A" if answer else "N"
-        elif answer in grades:
+        answer = answers_given[0]
+        # A question that allows several answers has a list of these.
+        if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], str):
+            (answer,) = answer
+        if isinstance(answer, str) and answer in grades:
             grade = grades[answer]
+        elif isinstance(answer, list) and all(isinstance(mark, dict) for mark in answer):
+            grade = "A" if answer else "N"
         else:
             raise ValueError(f"the answer {answer!r} is none of {sorted(grades)}")
         (subject,) = json.loads(row["subject_data"]).values()
@@ -381,6 +384,17 @@ def read_zooniverse_votes(
 
     needed = ("user_name", "created_at", "annotations", "subject_data")
     return make_votes(_parse_csv(path, needed, parse, on_error))
+
+
+def _find_answers(annotations: list[dict[str, Any]], task: str) -> list[Any]:
+    """Return the answers to a task, also to those in combined tasks."""
+    answers = []
+    for item in annotations:
+        if item.get("task") == task:
+            answers.append(item["value"])
+        elif isinstance(item.get("value"), list):
+            answers += _find_answers([part for part in item["value"] if isinstance(part, dict)], task)
+    return answers
 
 
 def write_zooniverse_manifest(

@@ -363,8 +363,17 @@
       empty.textContent = "No candidate fits the filter.";
       nodes.push(empty);
     }
-    $("list").replaceChildren(...nodes);
+    showNodes(nodes);
     if (order.includes(current)) select(current); else select(order.length ? order[0] : -1);
+  }
+
+  // Put elements into the list; if some of those there only go, the others are
+  // left alone, as laying out thousands takes its time.
+  function showNodes(nodes) {
+    const wanted = new Set(nodes), there = [...$("list").children], stay = there.filter((node) => wanted.has(node));
+    if (stay.length === nodes.length && stay.every((node, k) => node === nodes[k])) {
+      for (const node of there) if (!wanted.has(node)) node.remove();
+    } else $("list").replaceChildren(...nodes);
   }
 
   // ---- The candidate -----------------------------------------------------
