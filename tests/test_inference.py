@@ -24,20 +24,29 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.special import expit
 
-from lsst.meas.deeplearn.inference import InferenceConfig, predict, torch_threads
+from lsst.meas.deeplearn import inference
+from lsst.meas.deeplearn.inference import CPU_BATCH, InferenceConfig, predict, torch_threads
 from lsst.meas.deeplearn.lenses.deeplens import DeepLens
 
+HAVE_OPENVINO = importlib.util.find_spec("openvino") is not None
+
+needs_openvino = pytest.mark.skipif(not HAVE_OPENVINO, reason="OpenVINO is an option")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
 
 class _Probe(torch.nn.Module):
-    """Sums pixels with weights, and records how it is called.
+    """Sums pixels with weights, and records how it, or a copy, is called.
 
     Parameters
     ----------
@@ -53,6 +62,9 @@ class _Probe(torch.nn.Module):
         self.threads: set[int] = set()
         self.tf32: set[bool] = set()
 
+    def __deepcopy__(self, memo: object) -> _Probe:
+        return self
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.batches.append(len(x))
         self.threads.add(torch.get_num_threads())
@@ -66,7 +78,7 @@ class _Probe(torch.nn.Module):
 
 def _make_config(**kwargs: Any) -> InferenceConfig:
     config = InferenceConfig()
-    config.update(**({"device": "cpu"} | kwargs))
+    config.update(**({"device": "cpu", "engine": "torch"} | kwargs))
     config.validate()
     return config
 
@@ -106,23 +118,44 @@ def _make_deeplens() -> torch.nn.Module:
     return DeepLens(in_bands=3, width=0.25, blocks=1).eval()
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 13])
-def test_outputs_do_not_depend_on_the_batch_size(device: str, batch_size: int) -> None:
-    """Scores agree to a millionth, whatever the batches."""
+@pytest.mark.parametrize("engine", ["torch", pytest.param("openvino", marks=needs_openvino)])
+def test_float32_repeats_bit_for_bit(engine: str) -> None:
+    """On a CPU neither chunks, batches, order nor threads change a bit."""
+    network = _make_deeplens()
+    inputs = _make_inputs(CPU_BATCH + 3, size=45, bands=3)
+    settings = {"engine": engine, "precision": "float32", "averageOrientations": 8}
+    expected = predict(network, inputs, _make_config(**settings))
+    order = np.random.default_rng(4).permutation(len(inputs))
+    np.testing.assert_array_equal(predict(network, inputs[order], _make_config(**settings)), expected[order])
+    config = _make_config(batchSize=7, **settings)
+    for part in (slice(0, 1), slice(5, 18)):
+        np.testing.assert_array_equal(predict(network, inputs[part], config), expected[part])
+    settings["averageOrientations"] = 1
+    one, two = (predict(network, inputs[:3], _make_config(**settings), num_threads=n) for n in (1, 2))
+    np.testing.assert_array_equal(one, two)
+
+
+@needs_gpu
+@pytest.mark.parametrize("batch_size", [1, 5, 13])
+def test_gpu_does_not_depend_on_the_batch_size(batch_size: int) -> None:
+    """On a GPU scores agree to a millionth, whatever the batches."""
     inputs = _make_inputs(13, size=45, bands=3)
-    config = {"device": device, "averageOrientations": 1}
-    whole = predict(_make_deeplens(), inputs, _make_config(batchSize=64, **config))
-    outputs = predict(_make_deeplens(), inputs, _make_config(batchSize=batch_size, **config))
-    scores, expected = (1 / (1 + np.exp(-logits.astype(np.float64))) for logits in (outputs, whole))
-    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
+    settings = {"device": "cuda", "precision": "float32", "averageOrientations": 1}
+    whole, outputs = (
+        predict(_make_deeplens(), inputs, _make_config(batchSize=size, **settings))
+        for size in (64, batch_size)
+    )
+    np.testing.assert_allclose(expit(outputs), expit(whole), rtol=0, atol=1e-6)
 
 
 @needs_gpu
 def test_devices_agree() -> None:
     """CPU and GPU give the same scores in single precision."""
     inputs = _make_inputs(13, size=45, bands=3)
-    outputs = [predict(_make_deeplens(), inputs, _make_config(device=device)) for device in ("cpu", "cuda")]
+    outputs = [
+        predict(_make_deeplens(), inputs, _make_config(device=device, precision="float32"))
+        for device in ("cpu", "cuda")
+    ]
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
 
 
@@ -147,32 +180,33 @@ def test_bfloat16_is_close() -> None:
     np.testing.assert_allclose(mixed, single, atol=0.2)
 
 
-@pytest.mark.parametrize(("n", "expected"), [(0, []), (3, [3]), (4, [4]), (9, [4, 4, 1])])
-def test_batches(n: int, expected: list[int]) -> None:
-    """Stamps go in full batches and a rest; none go not at all."""
+@pytest.mark.parametrize(("n", "n_batches"), [(0, 0), (3, 1), (CPU_BATCH, 1), (2 * CPU_BATCH + 1, 3)])
+def test_batches(n: int, n_batches: int) -> None:
+    """Stamps go in full batches, the last one filled up; none go nowhere."""
     probe = _Probe()
-    assert predict(probe, _make_inputs(n), _make_config(batchSize=4, averageOrientations=1)).shape == (n,)
-    assert probe.batches == expected
+    assert predict(probe, _make_inputs(n), _make_config(averageOrientations=1)).shape == (n,)
+    assert probe.batches == n_batches * [CPU_BATCH]
 
 
 @pytest.mark.parametrize("orientations", [1, 8])
 def test_out_of_memory_halves_the_batch(orientations: int, caplog: pytest.LogCaptureFixture) -> None:
     """Out of memory, batches are halved until they fit; nothing is lost."""
     inputs = _make_inputs(23)
-    config = _make_config(batchSize=16, averageOrientations=orientations)
-    probe = _Probe(largest=5)
+    config = _make_config(averageOrientations=orientations)
+    probe = _Probe(largest=CPU_BATCH // 4)
     outputs = predict(probe, inputs, config)
     np.testing.assert_array_equal(outputs, predict(_Probe(), inputs, config))
-    assert [n for n in probe.batches if n > 5] == [16, 8]
-    assert sum(n for n in probe.batches if n <= 5) == 23 * orientations
+    sizes = [n for n in probe.batches if n > probe.largest]
+    assert sizes == [CPU_BATCH, CPU_BATCH // 2]
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
-    assert "going on with batches of 4" in caplog.text
+    assert f"going on with batches of {probe.largest}" in caplog.text
 
 
 def test_out_of_memory_with_one_stamp() -> None:
-    """If one stamp does not fit, that is an error."""
-    with pytest.raises(torch.OutOfMemoryError):
-        predict(_Probe(largest=0), _make_inputs(3), _make_config(batchSize=2))
+    """If one stamp does not fit, that is an error with a cure."""
+    with pytest.raises(torch.OutOfMemoryError) as info:
+        predict(_Probe(largest=0), _make_inputs(3), _make_config())
+    assert "-j 1" in info.value.__notes__[0]
 
 
 def test_other_errors_are_not_hidden() -> None:
@@ -233,3 +267,99 @@ def test_inputs_may_be_views() -> None:
     np.testing.assert_array_equal(
         predict(_Probe(), inputs[::2], config), predict(_Probe(), inputs, config)[::2]
     )
+
+
+class _LostEngine:
+    """An engine of a GPU that is gone."""
+
+    def run(self, inputs: np.ndarray, orientations: int) -> np.ndarray:
+        raise torch.AcceleratorError("CUDA error: device lost")
+
+
+@pytest.fixture
+def lost_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch see a GPU that fails when it is used."""
+    make_engine = inference._make_engine
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(inference, "_failed_devices", set())
+    monkeypatch.setattr(
+        inference,
+        "_make_engine",
+        lambda network, shape, device, *args: (
+            _LostEngine() if device == "cuda" else make_engine(network, shape, device, *args)
+        ),
+    )
+
+
+@pytest.mark.usefixtures("lost_gpu")
+def test_gpu_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """If a GPU fails, the CPU takes over for good, with a warning."""
+    inputs = _make_inputs(5)
+    expected = predict(_Probe(), inputs, _make_config(device="cpu"))
+    for _ in range(2):
+        outputs = predict(_Probe(), inputs, _make_config(device="auto"))
+        np.testing.assert_array_equal(outputs, expected)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["The GPU failed (CUDA error: device lost); this process goes on without it."]
+
+
+@pytest.mark.usefixtures("lost_gpu")
+def test_gpu_that_fails_and_was_asked_for() -> None:
+    """If the GPU was asked for by name, its failure is an error."""
+    with pytest.raises(RuntimeError, match="device lost") as info:
+        predict(_Probe(), _make_inputs(5), _make_config(device="cuda"))
+    assert "set device to 'cpu'" in info.value.__notes__[0]
+
+
+def test_engines_live_as_long_as_their_network() -> None:
+    """What is compiled is used again, and is gone with its network."""
+    network, inputs = _make_deeplens(), _make_inputs(3, size=45, bands=3)
+    before = len(inference._engines)
+    predict(network, inputs, _make_config())
+    (engine,) = inference._engines[network].values()
+    predict(network, inputs, _make_config())
+    assert list(inference._engines[network].values()) == [engine]
+    del network, engine
+    gc.collect()
+    assert len(inference._engines) <= before
+
+
+def test_the_network_stays_as_it_is() -> None:
+    """A network can be trained and saved after it was run."""
+    network = _make_deeplens()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    for precision in ("float32", "bfloat16"):
+        predict(network, _make_inputs(2, size=45, bands=3), _make_config(precision=precision))
+    after = network.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_without_openvino(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Without OpenVINO torch computes, and the log says how to get it."""
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    network, inputs = _make_deeplens(), _make_inputs(3, size=45, bands=3)
+    outputs = predict(network, inputs, _make_config(engine="openvino"))
+    assert "torch, not with OpenVINO" in caplog.text
+    assert "pip install meas-deeplearn[openvino]" in caplog.text
+    np.testing.assert_array_equal(outputs, predict(network, inputs, _make_config(engine="torch")))
+
+
+def test_without_bfloat16(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Without bfloat16 arithmetic the network runs in float32, and says so."""
+    monkeypatch.setattr(inference._TorchEngine, "_has_bfloat16", staticmethod(lambda device: False))
+    network, inputs = _make_deeplens(), _make_inputs(3, size=45, bands=3)
+    outputs = predict(network, inputs, _make_config(precision="bfloat16"))
+    assert "no bfloat16 arithmetic" in caplog.text
+    np.testing.assert_array_equal(outputs, predict(network, inputs, _make_config(precision="float32")))
+
+
+@needs_openvino
+def test_openvino_does_not_call_home() -> None:
+    """The telemetry of OpenVINO is never loaded."""
+    code = (
+        "import sys; from lsst.meas.deeplearn.inference import _import_openvino; _import_openvino(); "
+        "print([name for name in sys.modules if name.startswith('openvino_telemetry') and sys.modules[name]])"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"

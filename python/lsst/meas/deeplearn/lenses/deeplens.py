@@ -34,6 +34,7 @@ __all__ = ("DeepLens",)
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 STEM_CHANNELS = 32
 """Output channels of the first convolution."""
@@ -85,7 +86,7 @@ class DeepLens(nn.Module):
             )
         channels = round(STEM_CHANNELS * width)
         self.stem = nn.Conv2d(in_bands, channels, 7, stem_stride, padding=3, bias=False)
-        self.stem_norm = nn.BatchNorm2d(channels, eps=BATCH_NORM_EPSILON)
+        self.stem_norm: nn.Module = nn.BatchNorm2d(channels, eps=BATCH_NORM_EPSILON)
         units = []
         for stage, (inner, outer) in enumerate(zip(INNER_CHANNELS, OUTER_CHANNELS, strict=True)):
             for block in range(blocks):
@@ -126,6 +127,24 @@ class DeepLens(nn.Module):
         # No activation after the last sum, as published.
         return torch.flatten(self.dense(x.mean(dim=(2, 3))))
 
+    def fold_norms(self) -> None:
+        """Merge normalisations into the convolutions before them.
+
+        The outputs stay the same but for rounding.  The network must be in
+        evaluation mode, and cannot be trained or saved afterwards.
+        """
+        self.stem, self.stem_norm = _fold(self.stem, self.stem_norm)
+        for unit in self.units:
+            assert isinstance(unit, BottleneckUnit)
+            unit.reduce, unit.reduce_norm = _fold(unit.reduce, unit.reduce_norm)
+            unit.convolve, unit.convolve_norm = _fold(unit.convolve, unit.convolve_norm)
+
+
+def _fold(convolution: nn.Conv2d, norm: nn.Module) -> tuple[nn.Conv2d, nn.Module]:
+    """Return a convolution that normalises too, and an empty norm."""
+    assert isinstance(norm, nn.BatchNorm2d)
+    return fuse_conv_bn_eval(convolution, norm), nn.Identity()
+
 
 class BottleneckUnit(nn.Module):
     """A pre-activated bottleneck unit of DeepLens.
@@ -146,9 +165,9 @@ class BottleneckUnit(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, eps=BATCH_NORM_EPSILON) if preactivate else None
         self.reduce = nn.Conv2d(channels, inner, 1, stride, bias=False)
-        self.reduce_norm = nn.BatchNorm2d(inner, eps=BATCH_NORM_EPSILON)
+        self.reduce_norm: nn.Module = nn.BatchNorm2d(inner, eps=BATCH_NORM_EPSILON)
         self.convolve = nn.Conv2d(inner, inner, 3, padding=1, bias=False)
-        self.convolve_norm = nn.BatchNorm2d(inner, eps=BATCH_NORM_EPSILON)
+        self.convolve_norm: nn.Module = nn.BatchNorm2d(inner, eps=BATCH_NORM_EPSILON)
         self.expand = nn.Conv2d(inner, outer, 1)
         self.project = nn.Conv2d(channels, outer, 1, stride) if stride > 1 or channels != outer else None
 
