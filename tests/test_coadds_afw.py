@@ -155,7 +155,7 @@ def _find_lenses(coadd: MultibandCoadd) -> Table:
     x, y = np.array([640.0, 700.0, 675.0, 830.2, 605.0]), np.array([1300.0, 1340.0, 1225.0, 1420.7, 1300.0])
     ra, dec = coadd.pixel_to_sky(x=x, y=y)
     objects = Table({"objectId": np.arange(5), "coord_ra": ra, "coord_dec": dec})
-    return LensFinderTask(config=_make_config()).run(coadd, objects, make_test_model()).candidates
+    return LensFinderTask(config=_make_config()).run(coadd, objects, [make_test_model()]).candidates
 
 
 # ---------------------------------------------------------------------------

@@ -80,14 +80,15 @@ def coadd() -> MultibandCoadd:
 
 def test_connections() -> None:
     """Connections obey the conventions of the middleware."""
-    lintConnections(LensFinderConnections)
+    # The models of an ensemble are of one data ID, the empty one.
+    lintConnections(LensFinderConnections, checkUnnecessaryMultiple=False)
 
 
 def test_every_object_has_a_row(coadd: MultibandCoadd) -> None:
     """All selected objects come out, in order, with units and descriptions."""
     objects = make_objects(coadd, [50, 150, 220], [60, 140, 230])
     objects["i_cModelFlux"][1] = 10.0
-    result = LensFinderTask(config=make_config()).run(coadd, objects, make_test_model(), tract=3, patch=7)
+    result = LensFinderTask(config=make_config()).run(coadd, objects, [make_test_model()], tract=3, patch=7)
     table = result.candidates
     assert table["objectId"].tolist() == [100, 102]
     assert table.colnames == list(CANDIDATE_COLUMNS)
@@ -110,7 +111,7 @@ def test_scores_do_not_depend_on_chunks_or_batches(coadd: MultibandCoadd) -> Non
     other = make_config(chunkSize=7)
     other.inference.batchSize = 3
     scores = [
-        LensFinderTask(config=config).run(coadd, objects, model).candidates["score"]
+        LensFinderTask(config=config).run(coadd, objects, [model]).candidates["score"]
         for config in (one, other)
     ]
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
@@ -124,8 +125,8 @@ def test_masked_image_scores_like_cell_coadd(coadd: MultibandCoadd) -> None:
         for band, cell_coadd in make_test_coadds().items()
     }
     task, model = LensFinderTask(config=make_config()), make_test_model()
-    expected = task.run(coadd, objects, model).candidates
-    found = task.run(MultibandCoadd.from_coadds(masked_images), objects, model).candidates
+    expected = task.run(coadd, objects, [model]).candidates
+    found = task.run(MultibandCoadd.from_coadds(masked_images), objects, [model]).candidates
     np.testing.assert_allclose(found["score"], expected["score"], atol=1e-4)
     assert found["flag_bad_psf"].all()
 
@@ -140,7 +141,7 @@ def test_bad_objects_have_flags_and_no_score() -> None:
     # Good, at the edge, outside, masked, NaN, in a missing cell.
     objects = make_objects(coadd, [110, 3, 500, 40, 200, 250], [110, 110, 110, 40, 90, 250])
     objects["coord_ra"][2] = 151.0
-    table = LensFinderTask(config=make_config()).run(coadd, objects, make_test_model()).candidates
+    table = LensFinderTask(config=make_config()).run(coadd, objects, [make_test_model()]).candidates
     np.testing.assert_array_equal(table["flag_not_scored"], [False, True, True, True, True, True])
     np.testing.assert_array_equal(table["flag_edge"], [False, True, True, False, False, False])
     np.testing.assert_array_equal(table["flag_masked"], [False, True, True, True, True, True])
@@ -154,7 +155,7 @@ def test_object_with_unknown_coordinates(coadd: MultibandCoadd) -> None:
     """NaN coordinates give a flagged row."""
     objects = make_objects(coadd, [150, 150], [150, 150])
     objects["coord_dec"][1] = np.nan
-    table = LensFinderTask(config=make_config()).run(coadd, objects, make_test_model()).candidates
+    table = LensFinderTask(config=make_config()).run(coadd, objects, [make_test_model()]).candidates
     np.testing.assert_array_equal(table["flag_not_scored"], [False, True])
 
 
@@ -165,7 +166,7 @@ def test_missing_band() -> None:
     coadd = MultibandCoadd.from_coadds(coadds, "gri")
     table = (
         LensFinderTask(config=make_config())
-        .run(coadd, make_objects(coadd, [150], [150]), make_test_model())
+        .run(coadd, make_objects(coadd, [150], [150]), [make_test_model()])
         .candidates
     )
     assert table["flag_missing_band"].all()
@@ -175,7 +176,7 @@ def test_missing_band() -> None:
 def test_no_objects(coadd: MultibandCoadd) -> None:
     """An empty table gives an empty table with all columns."""
     objects = make_objects(coadd, [150], [150])[:0]
-    result = LensFinderTask(config=make_config()).run(coadd, objects, make_test_model())
+    result = LensFinderTask(config=make_config()).run(coadd, objects, [make_test_model()])
     assert len(result.candidates) == len(result.cutouts) == 0
     assert result.candidates.colnames == list(CANDIDATE_COLUMNS)
 
@@ -184,12 +185,12 @@ def test_model_must_fit(coadd: MultibandCoadd) -> None:
     """Wrong bands and pixel scales are refused with the cure."""
     objects, task = make_objects(coadd, [150], [150]), LensFinderTask(config=make_config())
     with pytest.raises(ModelPackageError, match="y missing"):
-        task.run(coadd, objects, make_test_model("giy"))
+        task.run(coadd, objects, [make_test_model("giy")])
     with pytest.raises(ModelPackageError, match="needs pixels of 0.030 arcsec"):
-        task.run(coadd, objects, make_test_model(pixel_scale=0.03))
+        task.run(coadd, objects, [make_test_model(pixel_scale=0.03)])
     with pytest.raises(ModelPackageError, match="doResample"):
         LensFinderTask(config=make_config(doResample=False)).run(
-            coadd, objects, make_test_model(pixel_scale=0.22)
+            coadd, objects, [make_test_model(pixel_scale=0.22)]
         )
     with pytest.raises(ModelPackageError, match="doDeepLens"):
         task.run(coadd, objects)
@@ -200,7 +201,7 @@ def test_resamples_to_the_scale_of_the_model(coadd: MultibandCoadd) -> None:
     objects = make_objects(coadd, [150], [150])
     table = (
         LensFinderTask(config=make_config())
-        .run(coadd, objects, make_test_model(pixel_scale=0.168))
+        .run(coadd, objects, [make_test_model(pixel_scale=0.168)])
         .candidates
     )
     assert np.isfinite(table["score"]).all()
@@ -211,16 +212,16 @@ def test_model_bands_are_picked_by_name(coadd: MultibandCoadd) -> None:
     objects = make_objects(coadd, [150, 100], [150, 120])
     reference = MultibandCoadd.from_coadds(make_test_coadds("ig"))
     task = LensFinderTask(config=make_config(doRingFinder=False))
-    expected = task.run(reference, objects, make_test_model("ig")).candidates["score"]
+    expected = task.run(reference, objects, [make_test_model("ig")]).candidates["score"]
     np.testing.assert_allclose(
-        task.run(coadd, objects, make_test_model("ig")).candidates["score"], expected, atol=1e-6
+        task.run(coadd, objects, [make_test_model("ig")]).candidates["score"], expected, atol=1e-6
     )
 
 
 def test_ring_finder_alone(coadd: MultibandCoadd) -> None:
     """Without a network there is no model, and RingFinder counts."""
     config = make_config(doDeepLens=False)
-    assert "model" not in config.connections.ConnectionsClass(config=config).prerequisiteInputs
+    assert "models" not in config.connections.ConnectionsClass(config=config).prerequisiteInputs
     table = LensFinderTask(config=config).run(coadd, make_objects(coadd, [150], [150])).candidates
     assert np.isfinite(table["ringfinder_snr"]).all()
     assert np.isnan(table["score"]).all()
@@ -247,7 +248,7 @@ def test_selection_that_does_not_fit(coadd: MultibandCoadd) -> None:
     """A column that is not there is named."""
     task = LensFinderTask(config=make_config(selection=["i_kronRad > 1"]))
     with pytest.raises(SelectionError, match="i_kronRad"):
-        task.run(coadd, make_objects(coadd, [150], [150]), make_test_model())
+        task.run(coadd, make_objects(coadd, [150], [150]), [make_test_model()])
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lsst.daf.butler import Butler
@@ -88,6 +90,25 @@ def test_failed_quantum_is_run_again(repository: Path) -> None:
     listing = run("butler", "query-datasets", str(repository), *OUTPUTS, "--collections", "lenses/rerun")
     for name in OUTPUTS:
         assert name in listing.stdout
+
+
+def test_ensemble(repository: Path, tmp_path: Path) -> None:
+    """All models of a chain score together, in the processes of pipetask."""
+    paths = []
+    for seed in (2, 3):
+        package = dataclasses.replace(make_test_model(seed=seed), name=f"member_{seed}")
+        paths.append(str(tmp_path / f"{package.name}.safetensors"))
+        package.write(paths[-1])
+    made = run("butler", "ingest-deeplearn-model", str(repository), *paths, "--chain", "models/both")
+    assert "The ensemble is models/both." in made.stdout
+    printed = run_pipetask(repository, "lenses/ensemble", models="models/both")
+    assert "exit code 0" in printed
+    butler = Butler.from_config(str(repository), collections="lenses/ensemble")
+    ranked = butler.get("lens_candidates_ranked", skymap="test", tract=0)
+    assert set(ranked["model_name"]) == {"member_2,member_3"}
+    scored = ~ranked["flag_not_scored"]
+    assert np.isfinite(ranked["score_err"][scored]).all()
+    assert np.isnan(ranked["score_err"][~scored]).all()
 
 
 @pytest.mark.parametrize("models", ["models/none", "test/coadds"])

@@ -27,11 +27,15 @@ __all__ = ("get_cli_subcommands",)
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lsst.daf.butler.cli.opt import repo_argument
 from lsst.daf.butler.cli.utils import ButlerCommand
+
+if TYPE_CHECKING:
+    from lsst.daf.butler import Butler
 
 # Modules that a command needs are imported in it, so that 'butler --help'
 # stays quick.
@@ -52,32 +56,59 @@ def get_cli_subcommands() -> list[click.Command]:
 
 @click.command(cls=ButlerCommand, name="ingest-deeplearn-model")
 @repo_argument(required=True)
-@click.argument("package")
-@click.option("--run", help="RUN collection to put the model into; models/<name>/v<version> by default.")
+@click.argument("packages", nargs=-1, required=True, metavar="PACKAGE...")
+@click.option("--run", help="RUN collection to put a model into; models/<name>/v<version> by default.")
+@click.option("--chain", help="CHAINED collection to make of all the models, such as models/deeplens_gri.")
 @click.option("--dataset-type", help="Dataset type; that of the network by default, such as deeplens_model.")
-def ingest_deeplearn_model(repo: str, package: str, run: str | None, dataset_type: str | None) -> None:
-    """Put a model package into a repository.
+def ingest_deeplearn_model(
+    repo: str, packages: tuple[str, ...], run: str | None, chain: str | None, dataset_type: str | None
+) -> None:
+    """Put model packages into a repository.
 
     PACKAGE is the path or URI of a .safetensors file, such as
-    eups://meas_deeplearn/models/deeplens_gri.safetensors.
+    eups://meas_deeplearn/models/deeplens_gri.safetensors.  The models of a
+    chain are an ensemble; a chain that exists already is replaced.
     """
     from lsst.daf.butler import Butler
     from lsst.daf.butler.registry import ConflictingDefinitionError
 
     from .model_package import ModelPackage, ModelPackageError, ingest_model
 
+    if run is not None and len(packages) > 1:
+        raise click.UsageError("--run names the run of one model; several have runs of their own names.")
     try:
-        model = ModelPackage.read(package)
+        models = [ModelPackage.read(package) for package in packages]
     except (FileNotFoundError, ModelPackageError) as err:
         raise click.ClickException(str(err)) from err
+    names = [model.name for model in models]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise click.ClickException(f"The models of an ensemble need different names; {repeated} repeat.")
     with Butler.from_config(repo, writeable=True) as butler:
-        try:
-            ref = ingest_model(butler, model, run=run, dataset_type=dataset_type)
-        except ConflictingDefinitionError as err:
-            raise click.ClickException(
-                "The run has a model package already; name another one with --run."
-            ) from err
-    click.echo(f"Put {model.name} {model.version} into {ref.run} as {ref.datasetType.name}.")
+        runs = []
+        for model in models:
+            try:
+                ref = ingest_model(butler, model, run=run, dataset_type=dataset_type)
+            except ConflictingDefinitionError as err:
+                raise click.ClickException(
+                    f"The run for {model.name} has a model package already; name another one with --run."
+                ) from err
+            click.echo(f"Put {model.name} {model.version} into {ref.run} as {ref.datasetType.name}.")
+            runs.append(ref.run)
+        if chain is not None:
+            _make_chain(butler, chain, runs)
+            click.echo(f"The ensemble is {chain}.")
+
+
+def _make_chain(butler: Butler, chain: str, runs: list[str]) -> None:
+    """Make or replace a CHAINED collection."""
+    from lsst.daf.butler import CollectionType
+    from lsst.daf.butler.registry import CollectionTypeError
+
+    try:
+        butler.collections.register(chain, CollectionType.CHAINED)
+        butler.collections.redefine_chain(chain, runs)
+    except CollectionTypeError as err:
+        raise click.ClickException(f"{chain} is no chain but another collection; name another one.") from err
 
 
 @click.command(cls=ButlerCommand, name="list-deeplearn-models")

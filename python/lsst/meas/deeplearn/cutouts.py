@@ -173,6 +173,29 @@ class Cutouts:
             f"{self.psf.shape[-1]} pixels for the PSF"
         )
 
+    def crop(self, size: int) -> Cutouts:
+        """Return the central pixels of the stamps.
+
+        Parameters
+        ----------
+        size
+            Odd side of the new stamps in pixels, at most the old one.
+
+        Raises
+        ------
+        ValueError
+            Raised if the new stamps would be larger.
+        """
+        _check_odd(size)
+        if size > self.size:
+            raise ValueError(f"Stamps of {self.size} pixels cannot be cropped to {size}; cut larger ones.")
+        if size == self.size:
+            return self
+        border = (self.size - size) // 2
+        center = np.s_[..., border : border + size, border : border + size]
+        arrays: dict[str, Any] = {name: getattr(self, name)[center] for name in ("image", "variance", "bad")}
+        return dataclasses.replace(self, **arrays)
+
     def resample(self, pixel_scale: float, size: int) -> Cutouts:
         """Return the stamps on pixels of another size, flux conserved.
 

@@ -29,11 +29,14 @@ __all__ = (
     "ModelPackage",
     "ModelPackageError",
     "ModelSettings",
+    "find_models",
     "ingest_model",
     "list_models",
+    "load_model",
 )
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -48,14 +51,18 @@ import safetensors
 import safetensors.numpy
 from astropy.table import Table
 
+from lsst.daf.butler.registry import MissingDatasetTypeError
 from lsst.resources import ResourcePath, ResourcePathExpression
 
 from .preprocessing import Preprocessing
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     import torch
 
-    from lsst.daf.butler import Butler, DatasetRef
+    from lsst.daf.butler import Butler, DataCoordinate, DatasetRef, DatasetType, DeferredDatasetHandle
+    from lsst.daf.butler.registry import Registry
 
 ARCHITECTURES: Mapping[str, str] = {
     "Cvae": "lsst.meas.deeplearn.galaxies.cvae.Cvae",
@@ -72,6 +79,9 @@ MODEL_STORAGE_CLASS = "ArrowTable"
 
 FORMAT_VERSION = 1
 """Version of the layout of model packages."""
+
+MAX_LOADED = 16
+"""Number of model packages that a process keeps."""
 
 SCALE_TOLERANCE = 0.02
 """Largest relative difference between the pixel scales of data and model
@@ -326,6 +336,11 @@ class ModelPackage:
                 "a model that was trained on these bands ('butler list-deeplearn-models')."
             )
 
+    @functools.cached_property
+    def network(self) -> torch.nn.Module:
+        """The network of `make_network`, made once; not to be changed."""
+        return self.make_network()
+
     def make_network(self) -> torch.nn.Module:
         """Return the network with its weights, ready for use, on the CPU.
 
@@ -353,6 +368,67 @@ class ModelPackage:
                 f"{self.architecture}: {err}"
             ) from err
         return network.eval()
+
+
+def find_models(
+    dataset_type: DatasetType, registry: Registry, data_id: DataCoordinate, collections: Any
+) -> list[DatasetRef]:
+    """Return the model packages of all input collections, as an ensemble.
+
+    Of runs ``models/<name>/<version>`` only the first of each name counts, so
+    that the order of collections chooses a version; any other run counts by
+    itself.  It is the ``lookupFunction`` of a connection.
+
+    Parameters
+    ----------
+    dataset_type
+        Dataset type of the model packages.
+    registry
+        Where to look.
+    data_id
+        Not used: models have no dimensions.
+    collections
+        Collections to search, in order.
+    """
+    runs = list(registry.queryCollections(collections, flattenChains=True))
+    try:
+        found = {ref.run: ref for ref in registry.queryDatasets(dataset_type, collections=runs)}
+    except MissingDatasetTypeError:
+        return []
+    names: dict[str, DatasetRef] = {}
+    for run in runs:
+        path = run.split("/")
+        name = "/".join(path[:2]) if len(path) == 3 and path[0] == "models" else run
+        if run in found:
+            names.setdefault(name, found[run])
+    return list(names.values())
+
+
+_loaded: dict[UUID, ModelPackage] = {}
+
+
+def load_model(handle: DeferredDatasetHandle) -> ModelPackage:
+    """Read a model package from a repository, once in a process.
+
+    Quanta that run one after the other in a process share what is loaded and
+    compiled.  The last `MAX_LOADED` packages are kept.
+
+    Parameters
+    ----------
+    handle
+        The dataset.
+
+    Raises
+    ------
+    ModelPackageError
+        Raised as by `ModelPackage.from_arrow`.
+    """
+    # The ID of a dataset never names another content.
+    package = _loaded.pop(handle.ref.id, None) or ModelPackage.from_arrow(handle.get())
+    _loaded[handle.ref.id] = package
+    while len(_loaded) > MAX_LOADED:
+        del _loaded[next(iter(_loaded))]
+    return package
 
 
 def ingest_model(

@@ -25,13 +25,13 @@ from __future__ import annotations
 
 __all__ = ("LensFinderConfig", "LensFinderConnections", "LensFinderTask")
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import astropy.units as u
 import numpy as np
 from astropy.table import Column, Table
-from scipy.special import expit
 
 import lsst.pipe.base.connectionTypes as cT
 from lsst.pex.config import ConfigField, Field, FieldValidationError, ListField, RangeField
@@ -47,14 +47,20 @@ from lsst.utils.logging import PeriodicLogger
 from ..coadds import MultibandCoadd
 from ..cutouts import CutoutExtractor, Cutouts
 from ..inference import InferenceConfig, predict
-from ..model_package import MODEL_STORAGE_CLASS, SCALE_TOLERANCE, ModelPackage, ModelPackageError
+from ..model_package import (
+    MODEL_STORAGE_CLASS,
+    SCALE_TOLERANCE,
+    ModelPackage,
+    ModelPackageError,
+    ModelSettings,
+    find_models,
+    load_model,
+)
 from ..object_selection import SelectionError, column_names, select_objects
 from ..patch_inputs import PATCH_DIMENSIONS, PatchConfig, PatchConnections, read_objects
+from .ensemble import combine_logits, find_calibration
 from .ring_finder import RingFinderConfig, find_rings
-
-if TYPE_CHECKING:
-    import torch
-
+from .votes import PRIOR
 
 CANDIDATE_COLUMNS: Mapping[str, tuple[str, u.UnitBase | None, str]] = {
     "objectId": ("i8", None, "ID of the object in the input table"),
@@ -64,7 +70,15 @@ CANDIDATE_COLUMNS: Mapping[str, tuple[str, u.UnitBase | None, str]] = {
     "y": ("f8", u.pix, "Row of the object in pixels of the tract"),
     "tract": ("i8", None, "Tract of the coadd that was looked at"),
     "patch": ("i8", None, "Patch of the coadd that was looked at"),
-    "score": ("f4", None, "Output of the network between 0 and 1, not a probability; NaN if not scored"),
+    "score": ("f4", None, "Output of the networks between 0 and 1, not a probability; NaN if not scored"),
+    "score_err": ("f4", None, "Standard deviation of the scores of the networks; NaN for one network"),
+    "log_likelihood_ratio": (
+        "f8",
+        None,
+        "Natural logarithm of the likelihood ratio of a lens to anything else; NaN without calibration",
+    ),
+    "probability": ("f8", None, "Probability of a lens for the configured prevalence; NaN if not calibrated"),
+    "probability_err": ("f8", None, "Error of the probability, from calibrations and between networks"),
     "ringfinder_snr": ("f4", None, "Signal to noise of g - alpha i in the annulus; NaN if not measured"),
     "ringfinder_is_lens": ("?", None, "Whether RingFinder calls the object a lens"),
     "ringfinder_n_regions": ("i4", None, "Number of arc-like residuals that RingFinder accepts"),
@@ -81,8 +95,8 @@ CANDIDATE_COLUMNS: Mapping[str, tuple[str, u.UnitBase | None, str]] = {
     "flag_missing_cell": ("?", None, "The object is in a cell without input images in some band"),
     "flag_bad_psf": ("?", None, "The coadd has no PSF model at the object in some band"),
     "bands": ("U32", None, "Bands that the network has seen, or else RingFinder"),
-    "model_name": ("U64", None, "Name of the model package; empty without a network"),
-    "model_version": ("U32", None, "Version of the model package; empty without a network"),
+    "model_name": ("U256", None, "Names of the model packages; empty without a network"),
+    "model_version": ("U128", None, "Versions of the model packages; empty without a network"),
 }
 """Type, unit and description of each column of ``lens_candidates``."""
 
@@ -100,11 +114,15 @@ class LensFinderConnections(
         Configuration of the task.
     """
 
-    model = cT.PrerequisiteInput(
-        doc="Model package of the network; its version is chosen by the order of input collections.",
+    models = cT.PrerequisiteInput(
+        doc="Model packages of the networks of an ensemble, or of one network: all that are in the input "
+        "collections, but of runs models/<name>/<version> only the first version of each name.",
         name="deeplens_model",
         storageClass=MODEL_STORAGE_CLASS,
         dimensions=(),
+        multiple=True,
+        deferLoad=True,
+        lookupFunction=find_models,
     )
     candidates = cT.Output(
         doc="Score and flags of every object that was selected, a row each.",
@@ -127,7 +145,7 @@ class LensFinderConnections(
     def __init__(self, *, config: LensFinderConfig):
         super().__init__(config=config)
         if not config.doDeepLens:
-            del self.model
+            del self.models
 
 
 class LensFinderConfig(PatchConfig, pipelineConnections=LensFinderConnections):
@@ -175,9 +193,20 @@ class LensFinderConfig(PatchConfig, pipelineConnections=LensFinderConnections):
     )
 
     # Classifiers.
-    doDeepLens = Field[bool](doc="Score with the network of the model package?", default=True)
+    doDeepLens = Field[bool](doc="Score with the networks of the model packages?", default=True)
     doRingFinder = Field[bool](doc="Run RingFinder?", default=True)
-    inference = ConfigField[InferenceConfig](doc="Device, precision and batches of the network.")
+    inference = ConfigField[InferenceConfig](doc="Device, engine and precision of the networks.")
+    prevalence = RangeField(
+        dtype=float,
+        doc="Fraction of lenses among the objects that are looked at, for their probability.  2e-4 are two "
+        "lenses in a square degree (Collett 2015 for the depth of LSST) among ten thousand massive "
+        "galaxies; a selection that lets more galaxies in has proportionally less.",
+        default=PRIOR,
+        min=0.0,
+        max=1.0,
+        inclusiveMin=False,
+        inclusiveMax=False,
+    )
     ringFinder = ConfigField[RingFinderConfig](doc="RingFinder.")
 
     # Outputs.
@@ -219,8 +248,8 @@ class LensFinderTask(PipelineTask):
     """Find galaxy-scale strong lenses among the objects of a patch.
 
     The objects that satisfy a selection are cut out of the coadds of all
-    bands and scored by a network (CMU DeepLens, Lanusse et al. 2018), by
-    RingFinder (Gavazzi et al. 2014), or by both.
+    bands and scored by one network or several (CMU DeepLens, Lanusse et al.
+    2018), by RingFinder (Gavazzi et al. 2014), or by both.
     """
 
     ConfigClass: ClassVar[type[LensFinderConfig]] = LensFinderConfig
@@ -244,11 +273,10 @@ class LensFinderTask(PipelineTask):
             patch=int(data_id["patch"]),
         )
         try:
-            model = ModelPackage.from_arrow(inputs["model"]) if self.config.doDeepLens else None
             outputs = self.run(
                 coadd,
                 objects,
-                model,
+                [load_model(handle) for handle in inputs["models"]] if self.config.doDeepLens else (),
                 tract=int(data_id["tract"]),
                 patch=int(data_id["patch"]),
                 num_cores=butlerQC.resources.num_cores,
@@ -261,7 +289,7 @@ class LensFinderTask(PipelineTask):
         self,
         coadd: MultibandCoadd,
         objects: Table,
-        model: ModelPackage | None = None,
+        models: Sequence[ModelPackage] = (),
         *,
         tract: int = 0,
         patch: int = 0,
@@ -275,12 +303,13 @@ class LensFinderTask(PipelineTask):
             Coadds of the patch.
         objects
             Objects, with the columns that the configuration names.
-        model
-            Model package; needed if ``config.doDeepLens``.
+        models
+            Model packages whose scores are averaged; at least one is needed
+            if ``config.doDeepLens``.
         tract, patch
             Where the coadd is, for the output.
         num_cores
-            Threads that the network may use.
+            Threads that the networks may use.
 
         Returns
         -------
@@ -298,32 +327,33 @@ class LensFinderTask(PipelineTask):
         Raises
         ------
         ModelPackageError
-            Raised if the model does not fit the bands or the pixel scale.
+            Raised if a model does not fit the bands or the pixel scale, or
+            another model.
         SelectionError
             Raised if the selection does not fit the table.
         """
-        if self.config.doDeepLens and model is None:
+        if self.config.doDeepLens and not models:
             raise ModelPackageError("No model package was given; set doDeepLens to False to run without.")
         if coadd.missing_bands:
             self.log.warning("The patch has no coadd in %s.", ", ".join(coadd.missing_bands))
         selected = objects[select_objects(objects, self.config.selection)]
         self.log.info("Looking at %d of %d objects.", len(selected), len(objects))
 
-        network = self._make_network(model, coadd) if model is not None else None
+        self._check_models(models, coadd)
         extractor = CutoutExtractor(
             coadd,
-            size=self._compute_stamp_size(model, coadd.pixel_scale),
+            size=self._compute_stamp_size(models, coadd.pixel_scale),
             psf_size=self.config.psfSize,
             bad_planes=self.config.badMaskPlanes,
         )
-        candidates = self._make_candidates(selected, model, tract=tract, patch=patch)
+        candidates = self._make_candidates(selected, models, tract=tract, patch=patch)
         progress = PeriodicLogger(self.log)
         for start in range(0, len(candidates), self.config.chunkSize):
             rows = candidates[start : start + self.config.chunkSize]
             cutouts = _extract(extractor, rows)
             usable = self._describe(rows, cutouts, coadd)
-            if model is not None and network is not None:
-                self._score(rows, cutouts, usable, model, network, num_cores)
+            if models:
+                self._score(rows, cutouts, usable, models, num_cores)
             if self.config.doRingFinder:
                 self._find_rings(rows, cutouts, usable)
             progress.log("Scored %d of %d objects.", start + len(rows), len(candidates))
@@ -346,7 +376,7 @@ class LensFinderTask(PipelineTask):
         return columns + (["ringfinder_snr"] if self.config.doRingFinder else [])
 
     def _make_candidates(
-        self, selected: Table, model: ModelPackage | None, *, tract: int, patch: int
+        self, selected: Table, models: Sequence[ModelPackage], *, tract: int, patch: int
     ) -> Table:
         """Make the output table, with NaN and False for all measurements."""
         config = self.config
@@ -361,40 +391,56 @@ class LensFinderTask(PipelineTask):
         candidates["coord_dec"][:] = selected[config.decColumn]
         candidates["tract"][:] = tract
         candidates["patch"][:] = patch
-        if model is not None:
-            candidates["model_name"][:] = model.name
-            candidates["model_version"][:] = model.version
-        bands = model.settings.bands if model else (config.ringFinder.blueBand, config.ringFinder.redBand)
+        candidates["model_name"][:] = ",".join(model.name for model in models)
+        candidates["model_version"][:] = ",".join(model.version for model in models)
+        ring_bands = (config.ringFinder.blueBand, config.ringFinder.redBand)
+        bands = models[0].settings.bands if models else ring_bands
         candidates["bands"][:] = ",".join(bands)
         return candidates
 
-    def _make_network(self, model: ModelPackage, coadd: MultibandCoadd) -> torch.nn.Module:
-        """Return the network, after a check that it fits the data."""
-        model.check_bands(self.config.bands)
-        ratio = model.settings.pixel_scale / coadd.pixel_scale
+    def _check_models(self, models: Sequence[ModelPackage], coadd: MultibandCoadd) -> None:
+        """Check that models fit the data and each other."""
+        for model in models:
+            model.check_bands(self.config.bands)
+            if set(model.settings.bands) != set(models[0].settings.bands):
+                raise ModelPackageError(
+                    f"Model {model.name} {model.version} sees bands {', '.join(model.settings.bands)}, but "
+                    f"{models[0].name} {models[0].version} sees {', '.join(models[0].settings.bands)}; the "
+                    "models of an ensemble must agree.  Choose models by input collections."
+                )
+            self._check_pixel_scale(model, coadd.pixel_scale)
+        if models:
+            self.log.info("Scoring with %s.", ", ".join(f"{model.name} {model.version}" for model in models))
+        if without := [model.name for model in models if find_calibration(model) is None]:
+            self.log.info("Model %s is not calibrated, so there are no probabilities.", ", ".join(without))
+
+    def _check_pixel_scale(self, model: ModelPackage, pixel_scale: float) -> None:
+        """Check that stamps can be brought to the pixel scale of a model."""
+        ratio = model.settings.pixel_scale / pixel_scale
         limit = 1 + (self.config.maxResampling - 1 if self.config.doResample else SCALE_TOLERANCE)
         if not 1 / limit <= ratio <= limit:
             raise ModelPackageError(
                 f"Model {model.name} {model.version} needs pixels of {model.settings.pixel_scale:.3f} "
-                f"arcsec, but those of the coadd have {coadd.pixel_scale:.3f} arcsec.  Choose a model that "
+                f"arcsec, but those of the coadd have {pixel_scale:.3f} arcsec.  Choose a model that "
                 "was trained for this survey, or set doResample or maxResampling."
             )
-        if abs(ratio - 1) > SCALE_TOLERANCE:
+        if _needs_resampling(model.settings, pixel_scale):
             self.log.info(
                 "Stamps are resampled from %.3f to %.3f arcsec per pixel.",
-                coadd.pixel_scale,
+                pixel_scale,
                 model.settings.pixel_scale,
             )
-        return model.make_network()
 
-    def _compute_stamp_size(self, model: ModelPackage | None, pixel_scale: float) -> int:
+    def _compute_stamp_size(self, models: Sequence[ModelPackage], pixel_scale: float) -> int:
         """Return the side in pixels of the stamps that all classifiers see."""
-        if model is None:
+        if not models:
             return _round_up_to_odd(self.config.stampExtent / pixel_scale)
-        ratio = model.settings.pixel_scale / pixel_scale
-        if abs(ratio - 1) <= SCALE_TOLERANCE:
-            return model.settings.stamp_size
-        return _round_up_to_odd(model.settings.stamp_size * ratio)
+        return max(
+            _round_up_to_odd(model.settings.stamp_size * model.settings.pixel_scale / pixel_scale)
+            if _needs_resampling(model.settings, pixel_scale)
+            else model.settings.stamp_size
+            for model in models
+        )
 
     def _describe(self, rows: Table, cutouts: Cutouts, coadd: MultibandCoadd) -> np.ndarray:
         """Fill in positions and flags; return which stamps can be scored."""
@@ -417,17 +463,23 @@ class LensFinderTask(PipelineTask):
         rows: Table,
         cutouts: Cutouts,
         usable: np.ndarray,
-        model: ModelPackage,
-        network: torch.nn.Module,
+        models: Sequence[ModelPackage],
         num_cores: int,
     ) -> None:
-        """Fill in the scores of the network."""
-        stamps = cutouts[usable].select_bands(model.settings.bands)
-        if abs(model.settings.pixel_scale / stamps.pixel_scale - 1) > SCALE_TOLERANCE:
-            stamps = stamps.resample(model.settings.pixel_scale, model.settings.stamp_size)
-        inputs = model.settings.preprocessing.apply(stamps)
-        logits = predict(network, inputs, self.config.inference, num_threads=num_cores)
-        rows["score"][usable] = expit(logits)
+        """Fill in the scores of the networks, and what they are worth."""
+        usable_cutouts = cutouts[usable]
+        logits = np.empty((len(models), len(usable_cutouts)), dtype=np.float32)
+        inputs: dict[str, np.ndarray] = {}
+        for k, model in enumerate(models):
+            # Members of an ensemble mostly see the same inputs.
+            key = dataclasses.replace(model.settings, network={}).to_json()
+            if key not in inputs:
+                inputs[key] = _make_inputs(usable_cutouts, model.settings)
+            logits[k] = predict(model.network, inputs[key], self.config.inference, num_threads=num_cores)
+        calibrations = [find_calibration(model) for model in models]
+        scores = combine_logits(logits, calibrations, prevalence=self.config.prevalence)
+        for field in dataclasses.fields(scores):
+            rows[field.name][usable] = getattr(scores, field.name)
 
     def _find_rings(self, rows: Table, cutouts: Cutouts, usable: np.ndarray) -> None:
         """Fill in the results of RingFinder."""
@@ -439,6 +491,18 @@ class LensFinderTask(PipelineTask):
 
 def _extract(extractor: CutoutExtractor, rows: Table) -> Cutouts:
     return extractor.extract(ids=rows["objectId"], ra=rows["coord_ra"], dec=rows["coord_dec"])
+
+
+def _needs_resampling(settings: ModelSettings, pixel_scale: float) -> bool:
+    return abs(settings.pixel_scale / pixel_scale - 1) > SCALE_TOLERANCE
+
+
+def _make_inputs(cutouts: Cutouts, settings: ModelSettings) -> np.ndarray:
+    """Return what a network sees of stamps, ``(N, bands, y, x)``."""
+    stamps = cutouts.select_bands(settings.bands)
+    if _needs_resampling(settings, stamps.pixel_scale):
+        stamps = stamps.resample(settings.pixel_scale, settings.stamp_size)
+    return settings.preprocessing.apply(stamps.crop(settings.stamp_size))
 
 
 def _choose_best(candidates: Table, columns: list[str], n: int) -> np.ndarray:

@@ -98,7 +98,9 @@ class RankLensCandidatesConfig(PipelineTaskConfig, pipelineConnections=RankLensC
         doc="Column that orders the candidates, highest first; objects with NaN have no rank.",
         default="score",
         allowed={
-            "score": "Output of the network.",
+            "score": "Output of the networks.",
+            "log_likelihood_ratio": "Likelihood ratio of a lens, in the steps of the calibration.",
+            "probability": "Probability of a lens, in the steps of the calibration.",
             "ringfinder_snr": "Signal to noise of the residual of RingFinder.",
         },
     )
