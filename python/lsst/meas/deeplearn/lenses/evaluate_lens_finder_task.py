@@ -65,7 +65,7 @@ from lsst.pipe.base import (
 from lsst.pipe.base.connections import InputQuantizedConnection, OutputQuantizedConnection
 
 from ..cutouts import Cutouts
-from ..inference import InferenceConfig, predict
+from ..inference import InferenceConfig, predict, torch_threads
 from ..model_package import MODEL_STORAGE_CLASS, SCALE_TOLERANCE, ModelPackage, ModelPackageError
 from .calibration import (
     apply_calibration,
@@ -573,7 +573,7 @@ class EvaluateLensFinderTask(PipelineTask):
         rows["central pixels"] = measure_center(cutouts)
         rows["outskirts"] = measure_outskirts(cutouts, self.config.outskirtsRadius)
         for finder in finders:
-            features = finder.compute_features(cutouts, self.config.inference, num_cores)
+            features = finder.compute_features(cutouts, num_cores)
             if features is not None:
                 rows[finder.name] = features
         return rows
@@ -903,9 +903,7 @@ class LensNetwork:
         """
         return predict(self.network, self.prepare(cutouts), config, num_threads=num_threads)
 
-    def compute_features(
-        self, cutouts: Cutouts, config: InferenceConfig, num_threads: int
-    ) -> np.ndarray | None:
+    def compute_features(self, cutouts: Cutouts, num_threads: int) -> np.ndarray | None:
         """Return what the last dense layer sees, shape ``(N, F)``; `None` for
         a network that has none.
 
@@ -913,30 +911,32 @@ class LensNetwork:
         ----------
         cutouts
             Stamps, at least as large as those of the network.
-        config
-            How the network runs; orientations are not averaged.
         num_threads
-            Threads that may be used on a CPU.
+            Threads that may be used.
+
+        Notes
+        -----
+        It runs in torch on the CPU, for other engines do not show what is
+        inside of a network.
         """
         import torch
 
         layers = [module for module in self.network.modules() if isinstance(module, torch.nn.Linear)]
         if not layers:
             return None
-        seen: list[np.ndarray] = []
+        seen = [np.empty((0, layers[-1].in_features), dtype=np.float32)]
 
         def keep(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            seen.append(inputs[0].detach().float().cpu().numpy().reshape(len(inputs[0]), -1))
+            seen.append(inputs[0].numpy().reshape(len(inputs[0]), -1))
 
-        once = InferenceConfig()
-        once.update(device=config.device, precision=config.precision, batchSize=config.batchSize)
-        once.averageOrientations = 1
         hook = layers[-1].register_forward_pre_hook(keep)
         try:
-            predict(self.network, self.prepare(cutouts), once, num_threads=num_threads)
+            with torch_threads(num_threads), torch.inference_mode():
+                for batch in torch.from_numpy(self.prepare(cutouts)).split(32):
+                    self.network(batch)
         finally:
             hook.remove()
-        return np.concatenate(seen) if seen else np.empty((0, layers[-1].in_features), dtype=np.float32)
+        return np.concatenate(seen)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
