@@ -77,8 +77,8 @@ def compute_loss(network: nn.Module, batch: Batch) -> torch.Tensor:
 
 def augment(batch: Batch, generator: torch.Generator | None) -> Batch:
     """Shift stamps and make them noisier."""
-    change = ImageAugmentation(size=9, max_shift=1, max_noise=0.5)
-    return {"image": change(batch["image"], generator), "label": batch["label"]}
+    change = ImageAugmentation(size=9, max_shift=1, max_noise=1.5)
+    return {"image": change(batch["image"], generator)[0], "label": batch["label"]}
 
 
 def run(data: Batch, **kwargs: object) -> TrainingResult:
@@ -189,11 +189,18 @@ def test_too_few_examples_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"epochs": 0}, {"batch_size": 1}, {"learning_rate": 0.0}, {"schedule": "linear"}]
+    "kwargs",
+    [
+        {"epochs": 0},
+        {"batch_size": 1},
+        {"learning_rate": 0.0},
+        {"schedule": "linear"},
+        {"epochs": 2, "cycles": 3},
+    ],
 )
 def test_impossible_settings_are_refused(kwargs: dict[str, object]) -> None:
     """Settings that cannot be followed are refused at once."""
-    with pytest.raises(ValueError, match="needs at least|Unknown schedule"):
+    with pytest.raises(ValueError, match="needs at least|Unknown schedule|cannot have 3 cycles"):
         TrainingSettings(**kwargs)  # type: ignore[arg-type]
 
 
@@ -211,6 +218,50 @@ def test_cosine_schedule() -> None:
     np.testing.assert_allclose(rates, [4e-5, 1e-3, 2e-3, 1e-3, 0.0], atol=1e-12)
 
 
+def test_each_cycle_starts_again() -> None:
+    """With restarts, each cycle goes from the largest rate to 0."""
+    settings = TrainingSettings(epochs=80, schedule="cosine", cycles=3)
+    assert settings.last_epochs == (40, 60, 80)
+    rates = [compute_learning_rate(settings, epoch / 80) for epoch in (0, 2, 39.99, 40, 50, 59.99, 60, 80)]
+    np.testing.assert_allclose(rates, [2e-5, 1e-3, 0, 1e-3, 5e-4, 0, 1e-3, 0], atol=1e-8)
+
+
+def test_each_cycle_leaves_a_network(tmp_path: Path) -> None:
+    """Snapshots are the best epochs of each cycle; a resumed run has them."""
+    settings = TrainingSettings(epochs=8, batch_size=3, learning_rate=0.02, schedule="cosine", cycles=3)
+    data, validation, checkpoint = make_data(9), make_data(20), tmp_path / "state.pt"
+
+    def kill(figures: dict[str, float]) -> None:
+        if figures["epoch"] == 5:
+            raise KilledError
+
+    unbroken = run(data, validation=validation, settings=settings)
+    losses = [figures["loss"] for figures in unbroken.history]
+    expected = [
+        1 + int(np.argmin(losses[:4])),
+        5 + int(np.argmin(losses[4:6])),
+        7 + int(np.argmin(losses[6:])),
+    ]
+    assert [snapshot.epoch for snapshot in unbroken.snapshots] == expected
+    with pytest.raises(KilledError):
+        run(data, validation=validation, settings=settings, checkpoint=checkpoint, on_epoch=kill)
+    resumed = run(data, validation=validation, settings=settings, checkpoint=checkpoint)
+    for a, b in zip(unbroken.snapshots, resumed.snapshots, strict=True):
+        assert a.epoch == b.epoch
+        for name in a.weights:
+            np.testing.assert_array_equal(a.weights[name], b.weights[name])
+    last = run(data, settings=settings)
+    assert [snapshot.epoch for snapshot in last.snapshots] == [4, 6, 8]
+
+
+def test_few_channels_are_not_arranged() -> None:
+    """Networks on which torch crashes keep the usual order of axes."""
+    settings = TrainingSettings(epochs=2, batch_size=3, learning_rate=0.02, channels_last=True)
+    assert_same_weights(
+        run(make_data(), settings=settings), run(make_data(), settings=TrainingSettings(2, 3, 0.02))
+    )
+
+
 def test_bfloat16_trains() -> None:
     """Mixed precision learns the examples too."""
     settings = TrainingSettings(epochs=15, batch_size=3, learning_rate=0.02, precision="bf16-mixed")
@@ -225,13 +276,15 @@ class TestImageAugmentation:
     def test_no_generator_crops_only(self) -> None:
         """For validation stamps are cropped about their centre."""
         images = torch.randn(4, 2, 11, 11)
-        change = ImageAugmentation(size=7, max_shift=2, max_blur=1, max_noise=1, flux_scatter=1)
-        assert torch.equal(change(images, None), images[..., 2:9, 2:9])
+        change = ImageAugmentation(size=7, max_shift=2, max_blur=1, max_noise=2, flux_scatter=1)
+        out, noise = change(images, None)
+        assert torch.equal(out, images[..., 2:9, 2:9])
+        assert torch.equal(noise, torch.ones(4))
 
     def test_shifts_bring_in_real_pixels(self) -> None:
         """A shifted stamp is a piece of the larger one, up to a symmetry."""
         images = torch.arange(4 * 11 * 11, dtype=torch.float32).reshape(4, 1, 11, 11)
-        out = ImageAugmentation(size=7, max_shift=2)(images, torch.Generator().manual_seed(1))
+        out, _ = ImageAugmentation(size=7, max_shift=2)(images, torch.Generator().manual_seed(1))
         assert out.shape == (4, 1, 7, 7)
         for stamp, image in zip(out, images, strict=True):
             assert set(stamp.ravel().tolist()) <= set(image.ravel().tolist())
@@ -240,7 +293,7 @@ class TestImageAugmentation:
     def test_all_symmetries_appear(self) -> None:
         """The eight symmetries of the square come with equal chance."""
         images = torch.arange(9.0).reshape(1, 1, 3, 3).expand(4000, 1, 3, 3)
-        out = ImageAugmentation(size=3)(images, torch.Generator().manual_seed(1))
+        out, _ = ImageAugmentation(size=3)(images, torch.Generator().manual_seed(1))
         kinds, counts = torch.unique(out.reshape(4000, 9), dim=0, return_counts=True)
         assert len(kinds) == 8
         assert counts.min() > 400
@@ -248,23 +301,64 @@ class TestImageAugmentation:
     def test_noise_keeps_its_unit(self) -> None:
         """Stamps with more noise are still in units of their noise."""
         images = torch.randn(500, 1, 15, 15, generator=torch.Generator().manual_seed(2))
-        out = ImageAugmentation(size=15, max_noise=2)(images, torch.Generator().manual_seed(3))
+        change = ImageAugmentation(size=15, max_noise=3)
+        out, noise = change(images, torch.Generator().manual_seed(3))
         assert out.std().item() == pytest.approx(1.0, abs=0.01)
+        assert 2.5 < noise.max() <= 3
+        assert (noise == 1).float().mean().item() == pytest.approx(0.5, abs=0.07)
+
+    def test_noise_hides_the_signal_by_its_factor(self) -> None:
+        """A signal falls, in units of the noise, as the noise rises."""
+        out, noise = ImageAugmentation(size=45, max_noise=3)(
+            torch.full((50, 1, 45, 45), 10.0), torch.Generator().manual_seed(3)
+        )
+        torch.testing.assert_close(out.mean(dim=(1, 2, 3)), 10 / noise, rtol=0, atol=0.1)
+
+    def test_one_band_is_dropped(self) -> None:
+        """A stamp loses one band at most, each as often as the others."""
+        change = ImageAugmentation(size=5, missing_fraction=0.3)
+        out, _ = change(torch.ones(3000, 3, 5, 5), torch.Generator().manual_seed(3))
+        missing = (out == 0).all(dim=(2, 3))
+        assert missing.sum(dim=1).max() == 1
+        torch.testing.assert_close(missing.float().mean(dim=0), torch.full((3,), 0.1), rtol=0, atol=0.02)
 
     def test_blur_keeps_the_flux(self) -> None:
         """Half of the stamps are blurred, all keep their flux."""
         images = torch.zeros(200, 2, 21, 21)
-        images[:, :, 10, 10] = 7.0
-        out = ImageAugmentation(size=21, max_blur=1.0)(images, torch.Generator().manual_seed(4))
-        torch.testing.assert_close(out.sum(dim=(2, 3)), torch.full((200, 2), 7.0))
-        sharp = (out[:, 0, 10, 10] == 7.0).float().mean().item()
-        assert sharp == pytest.approx(0.5, abs=0.12)
+        images[:, :, 10, 10] = 7e5
+        out, _ = ImageAugmentation(size=21, max_blur=1.0)(images, torch.Generator().manual_seed(4))
+        torch.testing.assert_close(out.sum(dim=(2, 3)), torch.full((200, 2), 7e5), rtol=1e-3, atol=0)
+        sharp = (out[:, 0, 10, 10] > 7e5 - 10).float().mean().item()
+        # A tenth is blurred too little to tell.
+        assert sharp == pytest.approx(0.6, abs=0.12)
+
+    def test_blur_keeps_the_noise(self) -> None:
+        """Blurred stamps have the noise that they had."""
+        images = torch.randn(500, 2, 15, 15, generator=torch.Generator().manual_seed(2))
+        out, noise = ImageAugmentation(size=15, max_blur=1.0)(images, torch.Generator().manual_seed(4))
+        assert out.std().item() == pytest.approx(1.0, abs=0.01)
+        assert (noise == 1).all()
 
     def test_zoom_magnifies_about_the_centre(self) -> None:
         """A zoom by 2 doubles sizes and leaves the centre in its place."""
         axis = torch.arange(31.0) - 15
         r2 = axis[:, None] ** 2 + axis[None, :] ** 2
         images = torch.exp(-r2 / (2 * 3.0**2))[None, None]
-        change = ImageAugmentation(size=31, zoom=(2.0, 2.0), zoom_fraction=1.0)
-        out = change(images, torch.Generator().manual_seed(5))
+        change = ImageAugmentation(size=31, zoom=(2.0, 2.0))
+        out, _ = change(images, torch.Generator().manual_seed(5))
         torch.testing.assert_close(out[0, 0], torch.exp(-r2 / (2 * 6.0**2)), rtol=0, atol=0.03)
+
+    def test_rotation_turns_about_the_centre(self) -> None:
+        """A line stays a line through the centre, at any angle."""
+        images = torch.zeros(100, 1, 31, 31)
+        images[:, :, 15] = 1.0
+        out, _ = ImageAugmentation(size=31, max_rotation=90)(images, torch.Generator().manual_seed(5))
+        axis = torch.arange(31.0) - 15
+        radius = torch.hypot(axis[:, None], axis[None, :])
+        # A line of unit width covers this much of a circle.
+        covered = (out[:, 0] * (radius < 12)).sum(dim=(1, 2))
+        assert covered.min() > 20
+        assert covered.max() < 26
+        assert (out[:, 0, 15, 15] > 0.6).all()
+        # Off the axes of the pixels.
+        assert (((out > 0.1) & (out < 0.9)).flatten(1).sum(dim=1) > 10).float().mean() > 0.9

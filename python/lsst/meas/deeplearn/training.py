@@ -31,6 +31,7 @@ from __future__ import annotations
 __all__ = (
     "Batch",
     "ImageAugmentation",
+    "Snapshot",
     "TrainingResult",
     "TrainingSettings",
     "compute_learning_rate",
@@ -38,6 +39,7 @@ __all__ = (
     "train",
 )
 
+import bisect
 import dataclasses
 import json
 import logging
@@ -81,9 +83,15 @@ class TrainingSettings:
     """Largest learning rate."""
 
     schedule: str = "step"
-    """``"step"`` divides the rate by ten after each third of the training;
-    ``"cosine"`` raises it over the first twentieth and lowers it to 0 along a
-    cosine."""
+    """``"step"`` divides the rate by ten after each third of a cycle;
+    ``"cosine"`` lowers it to 0 along a cosine.  That of the first cycle rises
+    over its first twentieth."""
+
+    cycles: int = 1
+    """Number of times that the rate starts from its largest value, each of
+    which ends with a network of its own: a snapshot ensemble (Huang et al.
+    2017, arXiv:1704.00109).  The first takes twice as long as each of the
+    others (theirs are equal), for it starts from nothing."""
 
     weight_decay: float = 0.0
     """Decoupled weight decay (Loshchilov & Hutter 2019); 0 is plain ADAM."""
@@ -94,8 +102,9 @@ class TrainingSettings:
 
     channels_last: bool = False
     """Whether images are kept with the channels as the fastest axis, which
-    is faster on most processors.  (torch 2.15 has been seen to crash in
-    networks with as few as two channels kept so.)"""
+    is faster on most processors.  Networks that have a convolution with less
+    than three channels are not kept so on a CPU: torch 2.15 crashes in their
+    backward pass."""
 
     monitor: str = "loss"
     """Validation figure by which the best epoch is chosen."""
@@ -112,23 +121,49 @@ class TrainingSettings:
                 f"Training needs at least one epoch, batches of two and a positive learning rate, not "
                 f"{self.epochs}, {self.batch_size} and {self.learning_rate}."
             )
+        if not 1 <= self.cycles <= self.epochs:
+            raise ValueError(f"{self.epochs} epochs cannot have {self.cycles} cycles.")
         if self.schedule not in ("step", "cosine") or self.monitor_mode not in ("min", "max"):
             raise ValueError(f"Unknown schedule {self.schedule!r} or monitor mode {self.monitor_mode!r}.")
+
+    @property
+    def last_epochs(self) -> tuple[int, ...]:
+        """Number of the last epoch of each cycle, from 1."""
+        parts = self.cycles + 1
+        return tuple(round(self.epochs * (cycle + 2) / parts) for cycle in range(self.cycles))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A network as it was after an epoch."""
+
+    epoch: int
+    """Number of the epoch, from 1."""
+
+    weights: dict[str, np.ndarray]
+    """State of the network."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingResult:
-    """A trained network and how it became so."""
+    """Trained networks and how they became so."""
 
-    weights: dict[str, np.ndarray]
-    """State of the network after the best epoch."""
-
-    best_epoch: int
-    """Number of that epoch, from 1."""
+    snapshots: tuple[Snapshot, ...]
+    """The network after the best epoch of each cycle."""
 
     history: list[dict[str, float]]
     """Figures of each epoch: ``epoch``, ``train_loss``, ``learning_rate``,
     and those of the validation."""
+
+    @property
+    def weights(self) -> dict[str, np.ndarray]:
+        """State of the network after the best epoch of the last cycle."""
+        return self.snapshots[-1].weights
+
+    @property
+    def best_epoch(self) -> int:
+        """Number of that epoch, from 1."""
+        return self.snapshots[-1].epoch
 
 
 class TrainingError(RuntimeError):
@@ -145,9 +180,13 @@ def compute_learning_rate(settings: TrainingSettings, progress: float) -> float:
     progress
         Fraction of the steps that are done, from 0 to 1.
     """
+    ends = [epoch / settings.epochs for epoch in settings.last_epochs]
+    cycle = min(bisect.bisect_right(ends, progress), settings.cycles - 1)
+    start = ends[cycle - 1] if cycle else 0.0
+    progress = min((progress - start) / (ends[cycle] - start), 1.0)
     if settings.schedule == "step":
         return settings.learning_rate * 0.1 ** min(math.floor(3 * progress + 1e-9), 2)
-    warm_up = 0.05
+    warm_up = 0.0 if cycle else 0.05
     if progress < warm_up:
         return settings.learning_rate * max(progress / warm_up, 0.02)
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
@@ -181,8 +220,8 @@ def train(
     settings
         How to train.
     validation
-        Examples by which the best epoch is chosen; without them, the last
-        one is.
+        Examples by which the best epoch of each cycle is chosen; without
+        them, the last one is.
     evaluate
         Returns figures of a network in evaluation mode on ``validation``; the
         default is ``loss``, the mean of ``compute_loss``.
@@ -202,7 +241,7 @@ def train(
     Returns
     -------
     result
-        Weights of the best epoch, and the history.
+        Weights of the best epochs, and the history.
 
     Raises
     ------
@@ -233,7 +272,7 @@ def train(
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         network = make_network()
-        if settings.channels_last:
+        if settings.channels_last and (_has_many_channels(network) or fabric.device.type != "cpu"):
             network = network.to(memory_format=torch.channels_last)
         state = _State(network, settings, examples=n)
         module, optimizer = fabric.setup(network, state.optimizer)
@@ -259,8 +298,10 @@ def train(
             if on_epoch is not None:
                 on_epoch(state.history[-1])
     return TrainingResult(
-        weights={key: value.cpu().numpy() for key, value in state.best_weights.items()},
-        best_epoch=state.best_epoch,
+        snapshots=tuple(
+            Snapshot(epoch, {key: value.cpu().numpy() for key, value in weights.items()})
+            for epoch, weights in state.snapshots
+        ),
         history=state.history,
     )
 
@@ -370,12 +411,12 @@ class _State:
         self.network = network
         self.settings = settings
         self.optimizer = torch.optim.AdamW(
-            network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
         self.epoch = 0
         self.history: list[dict[str, float]] = []
-        self.best_epoch = 0
-        self.best_weights: dict[str, Tensor] = {}
+        # Best epoch so far of each cycle that has begun, and its weights.
+        self.snapshots: list[tuple[int, dict[str, Tensor]]] = []
         self._fingerprint = json.dumps(dataclasses.asdict(settings) | {"examples": examples}, sort_keys=True)
 
     def finish_epoch(self, figures: dict[str, float], *, choose: bool) -> None:
@@ -393,12 +434,13 @@ class _State:
         monitor = self.settings.monitor
         if choose and monitor not in figures:
             raise ValueError(f"No figure is called {monitor!r}; there are {sorted(figures)}.")
-        if choose and self.best_epoch:
-            gain = figures[monitor] - self.history[self.best_epoch - 1][monitor]
+        cycle = bisect.bisect_left(self.settings.last_epochs, self.epoch)
+        if choose and len(self.snapshots) > cycle:
+            gain = figures[monitor] - self.history[self.snapshots[cycle][0] - 1][monitor]
             if not (gain < 0 if self.settings.monitor_mode == "min" else gain > 0):
                 return
-        self.best_epoch = self.epoch
-        self.best_weights = {key: value.detach().clone() for key, value in self.network.state_dict().items()}
+        weights = {key: value.detach().clone() for key, value in self.network.state_dict().items()}
+        self.snapshots[cycle:] = [(self.epoch, weights)]
 
     def write(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all.
@@ -416,8 +458,7 @@ class _State:
                 "network": self.network.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "history": self.history,
-                "best_epoch": self.best_epoch,
-                "best_weights": self.best_weights,
+                "snapshots": self.snapshots,
             },
             temporary,
         )
@@ -440,7 +481,7 @@ class _State:
         self.network.load_state_dict(content["network"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.epoch, self.history = content["epoch"], content["history"]
-        self.best_epoch, self.best_weights = content["best_epoch"], content["best_weights"]
+        self.snapshots = content["snapshots"]
 
 
 def _count(data: Batch) -> int:
@@ -450,6 +491,12 @@ def _count(data: Batch) -> int:
 def _split(data: Batch, size: int) -> Iterator[Batch]:
     for start in range(0, _count(data), size):
         yield {key: value[start : start + size] for key, value in data.items()}
+
+
+def _has_many_channels(network: nn.Module) -> bool:
+    """Whether all convolutions have three channels or more on both sides."""
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)]
+    return all(min(layer.in_channels, layer.out_channels) >= 3 for layer in layers)
 
 
 def _arrange(value: Tensor, network: nn.Module) -> Tensor:
@@ -474,20 +521,27 @@ class ImageAugmentation:
     max_shift: int = 0
     """Largest shift of the centre along each axis in pixels."""
 
-    zoom: tuple[float, float] = (1.0, 1.0)
-    """Range of the magnification by bilinear interpolation; Lanusse et al.
-    (2018) have 0.9 to 1."""
+    max_rotation: float = 0.0
+    """Largest rotation in degrees to either side, on top of the eight
+    symmetries of the square; Lanusse et al. (2018) have 90."""
 
-    zoom_fraction: float = 0.0
-    """Fraction of the stamps that are zoomed."""
+    zoom: tuple[float, float] = (1.0, 1.0)
+    """Range of the magnification; Lanusse et al. (2018) have 0.9 to 1."""
+
+    warp_fraction: float = 1.0
+    """Fraction of the stamps that are rotated and zoomed, by bilinear
+    interpolation."""
 
     max_blur: float = 0.0
     """Largest Gaussian sigma in pixels of a blur, the same in all bands but
-    for a tenth of it; half of the stamps are blurred."""
+    for a tenth of it; half of the stamps are blurred, and given back the noise
+    that the blur takes."""
 
-    max_noise: float = 0.0
-    """Largest noise to add, in units of the noise of the stamp; half of the
-    stamps get some.  The result is in units of its new noise."""
+    max_noise: float = 1.0
+    """Largest noise of the result in units of that of the stamp, at least 1:
+    the square root of 10 makes one year of ten.  Half of the stamps get
+    noisier, by factors that are uniform in their logarithm; the result is in
+    units of its new noise."""
 
     flux_scatter: float = 0.0
     """Scatter of the logarithm of a factor on each band, for errors of
@@ -497,8 +551,12 @@ class ImageAugmentation:
     """Scatter of a constant that is added to each band, in units of the
     noise, for errors of the sky."""
 
-    def __call__(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return changed stamps, shape ``(N, bands, size, size)``.
+    missing_fraction: float = 0.0
+    """Fraction of the stamps of which one band, any with equal chance, is
+    set to 0, as a missing band is."""
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Return changed stamps, and how much noisier each has become.
 
         Parameters
         ----------
@@ -507,27 +565,40 @@ class ImageAugmentation:
         generator
             Source of random numbers; `None` crops the stamps to size and
             changes nothing else.
+
+        Returns
+        -------
+        images
+            Shape ``(N, bands, size, size)``.
+        noise
+            Noise in units of that of the stamp, at least 1, shape ``(N,)``.
         """
+        noise = torch.ones(len(images))
         if generator is None:
             start = (images.shape[-1] - self.size) // 2
-            return images[..., start : start + self.size, start : start + self.size]
+            return images[..., start : start + self.size, start : start + self.size], noise
         images = self._crop(images, generator)
         images = _flip(images, generator)
-        if self.zoom_fraction > 0:
-            images = self._zoom(images, generator)
+        if self.warp_fraction > 0 and (self.max_rotation > 0 or self.zoom != (1.0, 1.0)):
+            images = self._warp(images, generator)
+        variance = torch.ones(images.shape[:2])
         if self.max_blur > 0:
-            images = self._blur(images, generator)
+            images, variance = self._blur(images, generator)
         if self.flux_scatter > 0:
             images = images * torch.exp(self.flux_scatter * _normal_per_band(images, generator))
         if self.offset_scatter > 0:
             images = images + self.offset_scatter * _normal_per_band(images, generator)
-        if self.max_noise > 0:
-            n = len(images)
-            level = self.max_noise * torch.rand(n, 1, 1, 1, generator=generator)
-            level = level * (torch.rand(n, 1, 1, 1, generator=generator) < 0.5)
-            noise = torch.randn(images.shape, generator=generator)
-            images = (images + level * noise) / torch.sqrt(1 + level**2)
-        return images
+        if self.max_noise > 1:
+            chosen = torch.rand(len(images), generator=generator) < 0.5
+            factor = self.max_noise ** torch.rand(len(images), generator=generator)
+            noise = torch.where(chosen, factor, noise)
+        if self.max_noise > 1 or self.max_blur > 0:
+            added = torch.sqrt(noise[:, None] ** 2 - variance)[..., None, None]
+            images = images + added * torch.randn(images.shape, generator=generator)
+            images = images / noise[:, None, None, None]
+        if self.missing_fraction > 0:
+            images = self._drop_band(images, generator)
+        return images, noise
 
     def _crop(self, images: Tensor, generator: torch.Generator) -> Tensor:
         margin = (images.shape[-1] - self.size) // 2
@@ -538,29 +609,48 @@ class ImageAugmentation:
         n = torch.arange(len(images))[:, None, None]
         return images[n, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
-    def _zoom(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _warp(self, images: Tensor, generator: torch.Generator) -> Tensor:
         low, high = self.zoom
         n = len(images)
         factor = low + (high - low) * torch.rand(n, generator=generator)
-        factor = torch.where(torch.rand(n, generator=generator) < self.zoom_fraction, factor, torch.ones(n))
+        angle = torch.rand(n, generator=generator) * 2 - 1
+        angle = angle * math.radians(self.max_rotation)
+        chosen = torch.rand(n, generator=generator) < self.warp_fraction
         matrix = torch.zeros(n, 2, 3)
-        matrix[:, 0, 0] = matrix[:, 1, 1] = 1 / factor
-        grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
-        zoomed = functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-        return torch.where((factor == 1)[:, None, None, None], images, zoomed)
+        matrix[:, 0, 0] = matrix[:, 1, 1] = torch.cos(angle) / factor
+        matrix[:, 1, 0] = torch.sin(angle) / factor
+        matrix[:, 0, 1] = -matrix[:, 1, 0]
+        matrix, warped = matrix[chosen], images.clone()
+        grid = functional.affine_grid(matrix, [len(matrix), *images.shape[1:]], align_corners=False)
+        warped[chosen] = functional.grid_sample(
+            images[chosen], grid, padding_mode="reflection", align_corners=False
+        )
+        return warped
 
-    def _blur(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _drop_band(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        n, bands = images.shape[:2]
+        dropped = torch.rand(n, 1, generator=generator) < self.missing_fraction
+        band = torch.randint(bands, (n, 1), generator=generator)
+        keep = ~(dropped & (torch.arange(bands) == band))
+        return images * keep[..., None, None]
+
+    def _blur(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return blurred stamps, and the variance that is left of their
+        noise, shape ``(N, bands)``.
+        """
         n, bands = images.shape[:2]
         sigma = self.max_blur * torch.rand(n, 1, generator=generator)
         sigma = sigma * (torch.rand(n, 1, generator=generator) < 0.5)
         sigma = sigma * (1 + 0.1 * torch.randn(n, bands, generator=generator)).clamp(min=0.0)
         offsets = torch.arange(-3, 4)
         weights = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-2)[..., None]) ** 2)
-        weights = (weights / weights.sum(dim=-1, keepdim=True)).reshape(n * bands, 1, 1, 7)
+        weights = weights / weights.sum(dim=-1, keepdim=True)  # (N, bands, 7)
+        variance = (weights**2).sum(dim=-1) ** 2
+        weights = weights.reshape(n * bands, 1, 1, 7)
         flat = images.reshape(1, n * bands, *images.shape[2:])
         flat = functional.conv2d(flat, weights, padding=(0, 3), groups=n * bands)
         flat = functional.conv2d(flat, weights.transpose(2, 3), padding=(3, 0), groups=n * bands)
-        return flat.reshape(images.shape)
+        return flat.reshape(images.shape), variance
 
 
 def _flip(images: Tensor, generator: torch.Generator) -> Tensor:
