@@ -37,6 +37,7 @@ from lsst.daf.butler import Butler
 from lsst.meas.deeplearn.coadds import MultibandCoadd
 from lsst.meas.deeplearn.cutouts import Cutouts
 from lsst.meas.deeplearn.detection import detect_objects
+from lsst.meas.deeplearn.lenses.likelihood_ratio import ScoreCalibration
 from lsst.meas.deeplearn.lenses.simulate_lenses_task import (
     EXAMPLE_COLUMNS,
     SPLITS,
@@ -46,10 +47,11 @@ from lsst.meas.deeplearn.lenses.simulate_lenses_task import (
     compute_split,
 )
 from lsst.meas.deeplearn.lenses.train_lens_finder_task import (
-    TrainingSetError,
     TrainLensFinderConfig,
+    TrainLensFinderConnections,
     TrainLensFinderTask,
 )
+from lsst.meas.deeplearn.lenses.training_set import TrainingSet, TrainingSetError
 from lsst.meas.deeplearn.model_package import ModelPackage
 from lsst.meas.deeplearn.patch_inputs import compute_seed
 from lsst.meas.deeplearn.tests import make_test_coadds, make_test_repository
@@ -57,6 +59,7 @@ from lsst.pex.config import FieldValidationError
 from lsst.pipe.base import NoWorkFound, Pipeline
 from lsst.pipe.base.simple_pipeline_executor import SimplePipelineExecutor
 
+CONFIG = Path(__file__).parents[1] / "config"
 PIPELINE = str(Path(__file__).parents[1] / "pipelines" / "train_lens_finder.yaml")
 
 SIMULATION = {
@@ -278,6 +281,94 @@ def test_killed_training_goes_on(examples: Table, model: ModelPackage, tmp_path:
     assert TrainLensFinderTask(config=config).run([examples]).model.digest == model.digest
 
 
+def test_shuffled_labels_teach_nothing(examples: Table) -> None:
+    """Labels without meaning give an AUROC of one half, within its error."""
+    rng = np.random.default_rng(8)
+    shuffled = vstack([examples] * 3)
+    # By galaxy, so that the copies do not tell of each other.
+    shuffled["label"] = rng.permutation(np.asarray(shuffled["label"]))
+    shuffled["kind"] = np.where(shuffled["label"], "lens", "host")
+    shuffled["split"] = rng.choice(["train", "validation", "test"], len(shuffled))
+    shuffled["image"] += rng.normal(0, np.sqrt(shuffled["variance"]))
+    shuffled["einstein_radius"] = shuffled["arc_snr"] = np.where(shuffled["label"], 50.0, np.nan)
+    model = TrainLensFinderTask(config=make_training_config(epochs=6)).run([shuffled]).model
+    figures = model.record["performance"]["all"]
+    assert abs(figures["auroc"] - 0.5) < 3 * figures["auroc_error"]
+    assert figures["auroc_error"] < 0.1
+
+
+def test_ensemble_of_one_training(examples: Table, patch: tuple[MultibandCoadd, Table]) -> None:
+    """Members differ, share their history, and have a calibration each."""
+    config = make_training_config(members=2, epochs=4, learningRate=5e-3)
+    models = TrainLensFinderTask(config=config).run([examples]).models
+    assert [model.name for model in models] == ["deeplens_gri_1", "deeplens_gri_2"]
+    assert models[0].digest != models[1].digest
+    assert models[0].record["history"] == models[1].record["history"]
+    assert models[0].record["ensemble_performance"] == models[1].record["ensemble_performance"]
+    assert models[0].record["best_epoch"] <= 3 < models[1].record["best_epoch"]
+    connections = TrainLensFinderConnections(config=config)
+    assert connections.outputs == {"model_1", "model_2"}
+    assert connections.model_2.name == "deeplens_model_2"
+
+
+def test_score_is_calibrated(examples: Table) -> None:
+    """The record says what the logit is worth, and how well that holds."""
+    more = vstack([examples] * 2)
+    more["split"] = np.resize(["train", "calibration", "test", "validation", "calibration"], len(more))
+    record = TrainLensFinderTask(config=make_training_config()).run([more]).model.record
+    calibration = ScoreCalibration.from_dict(record["calibration"])
+    assert (np.diff(calibration.log_ratios) >= 0).all()
+    assert calibration.n_lens.sum() == record["training_set"]["counts"]["calibration"]["lens"]
+    assert set(record["performance"]["calibrated"]) == {"ece", "brier"}
+
+
+def test_few_examples_leave_no_calibration(model: ModelPackage) -> None:
+    """Without ten of each class the record has no calibration."""
+    assert "calibration" not in model.record
+    assert "calibrated" not in model.record["performance"]
+
+
+def test_examples_without_calibration_split(examples: Table) -> None:
+    """Half of the galaxies for validation calibrate where none are for it."""
+    settings = TrainLensFinderTask(config=make_training_config())._make_model_settings()
+    old = examples.copy()
+    old["split"][old["split"] == "calibration"] = "validation"
+    data = TrainingSet.from_tables([old], settings, 2)
+    hosts = {split: set(data.host_id[data.split == split]) for split in ("validation", "calibration")}
+    assert hosts["validation"]
+    assert abs(len(hosts["validation"]) - len(hosts["calibration"])) <= 1
+    assert not hosts["validation"] & hosts["calibration"]
+
+
+def test_faint_arcs_do_not_count(examples: Table) -> None:
+    """Without lenses that count, all that is learnt is to say no."""
+    values = {"epochs": 4, "learningRate": 0.02}
+    config = make_training_config(**values, **{"augmentation.minArcSnr": 1e9})
+    (*_, last) = TrainLensFinderTask(config=config).run([examples]).model.record["history"]
+    assert last["train_loss"] < 0.1
+    (*_, last) = (
+        TrainLensFinderTask(config=make_training_config(**values)).run([examples]).model.record["history"]
+    )
+    assert last["train_loss"] > 0.3
+
+
+def test_small_batch_is_refused(examples: Table) -> None:
+    """Fewer examples than a batch are refused before the training."""
+    with pytest.raises(TrainingSetError, match="do not fill a batch of 5000"):
+        TrainLensFinderTask(config=make_training_config(batchSize=5000)).run([examples])
+
+
+@pytest.mark.parametrize("recipe", ["published", "robust"])
+def test_recipe_is_valid(recipe: str) -> None:
+    """The recipes that are shipped can be loaded, also one over another."""
+    config = TrainLensFinderConfig()
+    for name in ("robust", recipe):
+        config.load(str(CONFIG / f"trainLensFinder_{name}.py"))
+    config.validate()
+    default = TrainLensFinderConfig()
+    assert (config == default) == (recipe == "published")
+
+
 def test_one_class_is_refused(examples: Table) -> None:
     """A split with lenses only cannot be trained on."""
     with pytest.raises(TrainingSetError, match="and 0 non-lenses; both are needed"):
@@ -323,7 +414,7 @@ def test_no_examples_are_refused(examples: Table) -> None:
 
 
 def test_pipeline_trains_in_a_repository(tmp_path: Path) -> None:
-    """The pipeline makes a model that the repository holds by its name."""
+    """One run simulates, trains and evaluates; the model has its name."""
     make_test_repository(tmp_path / "repo", n_patches=(1, 2), inner_cells=(3, 3), n_sources=120)
     butler = SimplePipelineExecutor.prep_butler(
         str(tmp_path / "repo"), inputs=["test/coadds"], output="u/test/training"
@@ -336,9 +427,16 @@ def test_pipeline_trains_in_a_repository(tmp_path: Path) -> None:
     )
     for name, value in TRAINING.items():
         pipeline.addConfigOverride("trainLensFinder", name, value)
+    pipeline.addConfigOverride("evaluateLensFinder", "doRingFinder", False)
     executor = SimplePipelineExecutor.from_pipeline(pipeline, butler=butler)
     quanta = executor.run(register_dataset_types=True)
-    assert [quantum.taskName.rpartition(".")[2] for quantum in quanta].count("TrainLensFinderTask") == 1
+    tasks = [quantum.taskName.rpartition(".")[2] for quantum in quanta]
+    assert sorted(tasks) == [
+        "EvaluateLensFinderTask",
+        "SimulateLensesTask",
+        "SimulateLensesTask",
+        "TrainLensFinderTask",
+    ]
     with Butler.from_config(str(tmp_path / "repo"), collections="u/test/training") as reader:
         package = ModelPackage.from_arrow(reader.get("deeplens_model"))
         seeds = [
@@ -348,12 +446,13 @@ def test_pipeline_trains_in_a_repository(tmp_path: Path) -> None:
     assert package.record["training_set"]["seeds"] == sorted(seeds)
 
 
-def test_building_the_pipeline_loads_no_torch() -> None:
+@pytest.mark.parametrize("pipeline", [PIPELINE, PIPELINE.replace(".yaml", "_demo.yaml")])
+def test_building_the_pipeline_loads_no_torch(pipeline: str) -> None:
     """Tasks are imported and the pipeline is built without torch."""
     code = (
         "import sys\n"
         "from lsst.pipe.base import Pipeline\n"
-        f"Pipeline.from_uri({PIPELINE!r}).to_graph()\n"
+        f"assert len(Pipeline.from_uri({pipeline!r}).to_graph().tasks) == 3\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

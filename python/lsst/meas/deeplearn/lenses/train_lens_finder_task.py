@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from astropy.table import Table
-from scipy.special import expit
+from scipy.special import expit, logit
 
 import lsst.pipe.base.connectionTypes as cT
 from lsst.pex.config import (
@@ -60,16 +60,19 @@ from lsst.pipe.base import (
 from lsst.pipe.base.connections import InputQuantizedConnection, OutputQuantizedConnection
 
 from .. import __version__
-from ..cutouts import Cutouts
 from ..inference import InferenceConfig, torch_threads
 from ..inference import predict as predict_with_config
-from ..model_package import ARCHITECTURES, MODEL_STORAGE_CLASS, SCALE_TOLERANCE, ModelPackage, ModelSettings
+from ..model_package import ARCHITECTURES, MODEL_STORAGE_CLASS, ModelPackage, ModelSettings
 from ..preprocessing import Preprocessing
+from .calibration import compute_brier_score, compute_calibration_error
+from .likelihood_ratio import ScoreCalibration
 from .metrics import compute_auroc, describe_scores
-from .simulate_lenses_task import EXAMPLE_COLUMNS, SPLITS
+from .training_set import TrainingSet, TrainingSetError, stretch
 
 if TYPE_CHECKING:
     import torch
+
+    from ..training import TrainingResult
 
 
 class TrainLensFinderConnections(
@@ -77,7 +80,13 @@ class TrainLensFinderConnections(
     dimensions=(),
     defaultTemplates={"outputName": "lens"},
 ):
-    """Datasets that `TrainLensFinderTask` reads and writes."""
+    """Datasets that `TrainLensFinderTask` reads and writes.
+
+    Parameters
+    ----------
+    config
+        Configuration of the task.
+    """
 
     examples = cT.Input(
         doc="Stamps with and without lensed arcs, of all patches to train on.",
@@ -88,40 +97,86 @@ class TrainLensFinderConnections(
         deferLoad=True,
     )
     model = cT.Output(
-        doc="Model package of the trained network, with the record of its training and performance.",
+        doc="Model package of the trained network, with the record of its training and performance.  With "
+        "several members, each has a dataset of this name and its number: deeplens_model_1 and so on.",
         name="deeplens_model",
         storageClass=MODEL_STORAGE_CLASS,
         dimensions=(),
     )
 
+    config: TrainLensFinderConfig
+
+    def __init__(self, *, config: TrainLensFinderConfig):
+        super().__init__(config=config)
+        if config.members > 1:
+            del self.model
+            for k in range(1, config.members + 1):
+                member = cT.Output(
+                    doc=f"Model package of member {k} of the ensemble.",
+                    name=f"{config.connections.model}_{k}",
+                    storageClass=MODEL_STORAGE_CLASS,
+                    dimensions=(),
+                )
+                setattr(self, f"model_{k}", member)
+
 
 class AugmentationConfig(Config):
-    """Random changes of the stamps in training."""
+    """Random changes of the stamps in training, besides flips and rotations
+    by 90 degrees.
+    """
 
-    maxShift = RangeField(dtype=int, doc="Largest shift along each axis in pixels.", default=3, min=0)
-    minZoom = RangeField(dtype=float, doc="Smallest zoom.", default=0.92, min=0.1)
-    maxZoom = RangeField(dtype=float, doc="Largest zoom.", default=1.08, min=0.1)
-    zoomFraction = RangeField(
-        dtype=float, doc="Fraction of the stamps that are zoomed.", default=0.3, min=0.0, max=1.0
+    maxShift = RangeField(dtype=int, doc="Largest shift along each axis in pixels.", default=0, min=0)
+    maxRotation = RangeField(
+        dtype=float,
+        doc="Largest rotation in degrees to either side.",
+        default=90.0,
+        min=0.0,
+        max=180.0,
+        inclusiveMax=True,
+    )
+    minZoom = RangeField(dtype=float, doc="Smallest zoom.", default=0.9, min=0.1)
+    maxZoom = RangeField(dtype=float, doc="Largest zoom.", default=1.0, min=0.1)
+    warpFraction = RangeField(
+        dtype=float,
+        doc="Fraction of the stamps that are rotated and zoomed, which smooths their noise.",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        inclusiveMax=True,
     )
     maxBlur = RangeField(
         dtype=float,
         doc="Largest Gaussian sigma in pixels by which half of the stamps are blurred.",
-        default=0.8,
+        default=0.0,
         min=0.0,
     )
     maxNoise = RangeField(
         dtype=float,
-        doc="Largest noise, in units of their own, that half of the stamps get besides; they count as "
-        "shallower by as much.",
-        default=1.5,
+        doc="Largest noise in units of that of the stamp, to which half of the stamps are brought: 3.17 "
+        "makes 1 year of 10 years.  1 is none.",
+        default=1.0,
+        min=1.0,
+    )
+    minArcSnr = RangeField(
+        dtype=float,
+        doc="Smallest signal to noise of the arcs in the noise that a stamp was given; a lens below it "
+        "does not count in that step, as no lens below minArcSnr of SimulateLensesTask does.",
+        default=0.0,
         min=0.0,
     )
     fluxScatter = RangeField(
-        dtype=float, doc="Scatter of the logarithm of a factor on each band.", default=0.1, min=0.0
+        dtype=float, doc="Scatter of the logarithm of a factor on each band.", default=0.0, min=0.0
     )
     offsetScatter = RangeField(
-        dtype=float, doc="Scatter of an offset of the sky in units of the noise.", default=0.1, min=0.0
+        dtype=float, doc="Scatter of an offset of the sky in units of the noise.", default=0.0, min=0.0
+    )
+    missingBandFraction = RangeField(
+        dtype=float,
+        doc="Fraction of the stamps of which one band is set to 0, as a band without data is.",
+        default=0.0,
+        min=0.0,
+        max=1.0,
+        inclusiveMax=True,
     )
 
 
@@ -150,7 +205,7 @@ class TrainLensFinderConfig(PipelineTaskConfig, pipelineConnections=TrainLensFin
     softening = RangeField(
         dtype=float,
         doc="Scale of the inverse hyperbolic sine stretch in units of the noise; 0 is linear, as published.",
-        default=4.0,
+        default=0.0,
         min=0.0,
     )
     floatBits = ChoiceField[int](
@@ -170,6 +225,20 @@ class TrainLensFinderConfig(PipelineTaskConfig, pipelineConnections=TrainLensFin
             "step": "Divided by ten after each third (Lanusse et al. 2018).",
             "cosine": "Raised over the first twentieth, then lowered to 0 along a cosine.",
         },
+    )
+    members = RangeField(
+        dtype=int,
+        doc="Number of networks that one training leaves: the rate starts again from its largest value "
+        "as often, and each time the best network is kept (a snapshot ensemble; Huang et al. 2017).",
+        default=1,
+        min=1,
+    )
+    lensWeight = RangeField(
+        dtype=float,
+        doc="Weight of a lens in the loss over that of a non-lens.",
+        default=1.0,
+        min=0.0,
+        inclusiveMin=False,
     )
     weightDecay = RangeField(dtype=float, doc="Decoupled weight decay.", default=0.0, min=0.0)
     precision = ChoiceField[str](
@@ -205,10 +274,11 @@ class TrainLensFinderTask(PipelineTask):
     """Train a network to tell lenses from other galaxies.
 
     The published recipe of CMU DeepLens (Lanusse et al. 2018) is the default,
-    but for the scaling of pixels and for more augmentation.  The weights of
-    the epoch with the largest area under the ROC curve of the validation
-    examples are kept, and their figures of merit on the test examples are
-    recorded with them.
+    but for the units of pixels: the noise of each stamp instead of the scatter
+    of the training set.  The weights of the epoch with the largest area under
+    the ROC curve of the validation examples are kept.  What their score says
+    is fitted to the calibration examples and recorded with them, as are their
+    figures of merit on the test examples.
     """
 
     ConfigClass: ClassVar[type[TrainLensFinderConfig]] = TrainLensFinderConfig
@@ -227,8 +297,11 @@ class TrainLensFinderTask(PipelineTask):
             outputs = self.run((handle.get() for handle in handles), num_cores=butlerQC.resources.num_cores)
         except TrainingSetError as err:
             raise InvalidQuantumError(str(err)) from err
-        outputs.model = outputs.model.to_arrow()
-        butlerQC.put(outputs, outputRefs)
+        if self.config.members > 1:
+            for k, model in enumerate(outputs.models, start=1):
+                butlerQC.put(model.to_arrow(), getattr(outputRefs, f"model_{k}"))
+        else:
+            butlerQC.put(outputs.model.to_arrow(), outputRefs.model)
 
     def run(self, examples: Iterable[Table], *, num_cores: int = 1) -> Struct:
         """Train the network.
@@ -245,37 +318,57 @@ class TrainLensFinderTask(PipelineTask):
         result : `lsst.pipe.base.Struct`
             Results as a struct with attributes:
 
+            ``models``
+                The trained models, one for each member
+                (`list` [`ModelPackage`]).
             ``model``
-                The trained model (`ModelPackage`).
+                The last of them, which was trained longest (`ModelPackage`).
 
         Raises
         ------
         TrainingSetError
-            Raised if the examples do not fit the model or each other, or if
-            a split lacks lenses or non-lenses.
+            Raised if the examples do not fit the model or each other, if a
+            split lacks lenses or non-lenses, or if there are fewer than a
+            batch.
         """
         settings = self._make_model_settings()
-        data = self._read_examples(examples, settings)
+        data = TrainingSet.from_tables(examples, settings, self.config.augmentation.maxShift)
+        if (n := int((data.split == "train").sum())) < self.config.batchSize:
+            raise TrainingSetError(
+                f"{n} training examples do not fill a batch of {self.config.batchSize}.  Add patches, or "
+                "lower batchSize."
+            )
+        self.log.info("The training set has %s.", data.describe()["counts"])
         with torch_threads(num_cores):
-            weights, history, best_epoch = self._train(data, settings)
-        package = ModelPackage(
-            name=self.config.modelName,
-            version=self.config.modelVersion,
-            architecture=self.config.architecture,
-            settings=settings,
-            weights={key: _round(value, self.config.floatBits) for key, value in weights.items()},
-        )
+            result = self._train(data, settings)
         record = {
             "training_set": data.describe(),
             "recipe": self._describe_recipe(),
-            "history": history,
-            "best_epoch": best_epoch,
-            "performance": self._evaluate(package, data, num_cores),
+            "history": result.history,
             "code": {"meas_deeplearn": __version__, **_get_versions()},
         }
         if self.config.date:
             record["date"] = self.config.date
-        return Struct(model=dataclasses.replace(package, record=_to_json_types(record)))
+        packages = [
+            ModelPackage(
+                name=self.config.modelName + (f"_{k}" if self.config.members > 1 else ""),
+                version=self.config.modelVersion,
+                architecture=self.config.architecture,
+                settings=settings,
+                weights={
+                    key: _round(value, self.config.floatBits) for key, value in snapshot.weights.items()
+                },
+            )
+            for k, snapshot in enumerate(result.snapshots, start=1)
+        ]
+        measured = self._measure(packages, data, num_cores)
+        models = [
+            dataclasses.replace(
+                package, record=_to_json_types(record | {"best_epoch": snapshot.epoch} | figures)
+            )
+            for package, snapshot, figures in zip(packages, result.snapshots, measured, strict=True)
+        ]
+        return Struct(models=models, model=models[-1])
 
     def _make_model_settings(self) -> ModelSettings:
         config = self.config
@@ -291,69 +384,55 @@ class TrainLensFinderTask(PipelineTask):
             network=network,
         )
 
-    def _read_examples(self, tables: Iterable[Table], settings: ModelSettings) -> TrainingSet:
-        """Read all tables, and check that they can be trained on."""
-        parts = []
-        for table in tables:
-            if missing := {name for name, _, _ in EXAMPLE_COLUMNS} - set(table.colnames):
-                raise TrainingSetError(f"The training set has no columns {sorted(missing)}.")
-            parts.append(TrainingSet.from_table(table, settings, self.config.augmentation.maxShift))
-        if not parts:
-            raise TrainingSetError("The training set is empty.")
-        data = TrainingSet.concatenate(parts)
-        # Calibration comes after the training.
-        for split in ("train", "validation", "test"):
-            labels = data.label[data.split == split]
-            if labels.all() or not labels.any():
-                raise TrainingSetError(
-                    f"The {split} examples are {labels.sum()} lenses and {(~labels).sum()} non-lenses; both "
-                    "are needed.  Add patches, or change the fractions of SimulateLensesTask."
-                )
-        self.log.info("The training set has %s.", data.describe()["counts"])
-        return data
-
-    def _train(
-        self, data: TrainingSet, settings: ModelSettings
-    ) -> tuple[dict[str, np.ndarray], list[dict[str, float]], int]:
-        """Return weights, history and best epoch."""
+    def _train(self, data: TrainingSet, settings: ModelSettings) -> TrainingResult:
+        """Return the networks of all members, and the history."""
         import torch
-        from torch.nn import functional
+        from torch.nn.functional import binary_cross_entropy_with_logits
 
         from ..training import Batch, ImageAugmentation, TrainingSettings, predict, train
 
-        augmentation = self.config.augmentation
+        config = self.config.augmentation
         change = ImageAugmentation(
             size=settings.stamp_size,
-            max_shift=augmentation.maxShift,
-            zoom=(augmentation.minZoom, augmentation.maxZoom),
-            zoom_fraction=augmentation.zoomFraction,
-            max_blur=augmentation.maxBlur,
-            max_noise=augmentation.maxNoise,
-            flux_scatter=augmentation.fluxScatter,
-            offset_scatter=augmentation.offsetScatter,
+            max_shift=config.maxShift,
+            max_rotation=config.maxRotation,
+            zoom=(config.minZoom, config.maxZoom),
+            warp_fraction=config.warpFraction,
+            max_blur=config.maxBlur,
+            max_noise=config.maxNoise,
+            flux_scatter=config.fluxScatter,
+            offset_scatter=config.offsetScatter,
+            missing_fraction=config.missingBandFraction,
         )
 
         def augment(batch: Batch, generator: torch.Generator | None) -> Batch:
-            images = change(batch["image"], generator)
-            scaled = stretch(images.numpy(), settings.preprocessing)
-            return {"image": torch.from_numpy(scaled), "label": batch["label"]}
+            images, noise = change(batch["image"], generator)
+            scaled = torch.from_numpy(stretch(images.numpy(), settings.preprocessing))
+            label = batch["label"]
+            weight = 1 + label * (self.config.lensWeight - 1)
+            weight = weight * ((label == 0) | (batch["arc_snr"] >= config.minArcSnr * noise))
+            return {"image": scaled, "label": label, "weight": weight}
 
         def compute_loss(network: torch.nn.Module, batch: Batch) -> torch.Tensor:
-            return functional.binary_cross_entropy_with_logits(network(batch["image"]), batch["label"])
+            loss = binary_cross_entropy_with_logits(
+                network(batch["image"]), batch["label"], weight=batch["weight"], reduction="sum"
+            )
+            return loss / batch["weight"].sum().clamp(min=1.0)
 
         def evaluate(network: torch.nn.Module, batch: Batch) -> dict[str, float]:
-            logits = predict(network, batch["image"])
-            loss = functional.binary_cross_entropy_with_logits(logits, batch["label"])
-            return {"loss": float(loss), "auroc": compute_auroc(logits.numpy(), batch["label"].numpy())[0]}
+            logits, labels = predict(network, batch["image"]), batch["label"]
+            loss = binary_cross_entropy_with_logits(logits, labels)
+            return {"loss": float(loss), "auroc": compute_auroc(logits.numpy(), labels.numpy())[0]}
 
         batches = {
             split: {
                 "image": torch.from_numpy(data.image[data.split == split]),
                 "label": torch.from_numpy(data.label[data.split == split].astype(np.float32)),
+                "arc_snr": torch.from_numpy(data.arc_snr[data.split == split].astype(np.float32)),
             }
-            for split in SPLITS[:2]
+            for split in ("train", "validation")
         }
-        result = train(
+        return train(
             lambda: make_network(self.config.architecture, settings),
             batches["train"],
             compute_loss=compute_loss,
@@ -365,7 +444,6 @@ class TrainLensFinderTask(PipelineTask):
             accelerator=self.config.accelerator,
             devices=self.config.devices,
         )
-        return result.weights, result.history, result.best_epoch
 
     def _make_training_settings(self) -> dict[str, Any]:
         config = self.config
@@ -374,6 +452,7 @@ class TrainLensFinderTask(PipelineTask):
             "batch_size": config.batchSize,
             "learning_rate": config.learningRate,
             "schedule": config.schedule,
+            "cycles": config.members,
             "weight_decay": config.weightDecay,
             "precision": config.precision,
             "channels_last": True,
@@ -382,26 +461,63 @@ class TrainLensFinderTask(PipelineTask):
             "seed": config.seed,
         }
 
-    def _evaluate(self, package: ModelPackage, data: TrainingSet, num_cores: int) -> dict[str, Any]:
-        """Return figures of merit on the test examples, as users get them."""
-        test = data[data.split == "test"]
-        start = (test.image.shape[-1] - package.settings.stamp_size) // 2
+    def _measure(
+        self, packages: list[ModelPackage], data: TrainingSet, num_cores: int
+    ) -> list[dict[str, Any]]:
+        """Return entries of the record: calibration and performance."""
+        scored = data[np.isin(data.split, ("calibration", "test"))]
+        is_test = scored.split == "test"
+        test = scored[is_test]
+        logits = [self._score(package, scored, num_cores) for package in packages]
+        entries = []
+        for package, values in zip(packages, logits, strict=True):
+            figures = self._describe_performance(values[is_test], test)
+            entry: dict[str, Any] = {"performance": figures}
+            try:
+                calibration = ScoreCalibration.from_scores(values[~is_test], scored.label[~is_test])
+            except ValueError as err:
+                self.log.warning("Model %s has no calibration.  %s", package.name, err)
+            else:
+                entry["calibration"] = calibration.to_dict()
+                ratios = calibration.compute_log_ratio(values[is_test])
+                figures["calibrated"] = _describe_probabilities(ratios, test.label)
+            self.log.info("%s on the test examples: %s.", package.name, figures["summary"])
+            entries.append(entry)
+        if len(packages) > 1:
+            mean = self._describe_performance(np.mean(logits, axis=0)[is_test], test)
+            if all("calibration" in entry for entry in entries):
+                member_ratios = [
+                    ScoreCalibration.from_dict(entry["calibration"]).compute_log_ratio(values[is_test])
+                    for entry, values in zip(entries, logits, strict=True)
+                ]
+                mean["calibrated"] = _describe_probabilities(np.mean(member_ratios, axis=0), test.label)
+            self.log.info("The mean of %d on the test examples: %s.", len(packages), mean["summary"])
+            for entry in entries:
+                entry["ensemble_performance"] = mean
+        return entries
+
+    def _score(self, package: ModelPackage, data: TrainingSet, num_cores: int) -> np.ndarray:
+        """Return logits of a model, as users get them."""
+        start = (data.image.shape[-1] - package.settings.stamp_size) // 2
         crop = slice(start, start + package.settings.stamp_size)
-        inputs = stretch(test.image[..., crop, crop], package.settings.preprocessing)
-        config = self.config.inference
-        logits = predict_with_config(package.make_network(), inputs, config, num_threads=num_cores)
+        inputs = stretch(data.image[..., crop, crop], package.settings.preprocessing)
+        return predict_with_config(
+            package.make_network(), inputs, self.config.inference, num_threads=num_cores
+        )
+
+    def _describe_performance(self, logits: np.ndarray, test: TrainingSet) -> dict[str, Any]:
+        """Return figures of merit of scores of the test examples."""
         figures = describe_scores(
             logits, test.label, einstein_radius=test.einstein_radius, arc_snr=test.arc_snr
         )
-        figures["orientations"] = config.averageOrientations
-        figures["precision"] = config.precision
+        figures["orientations"] = self.config.inference.averageOrientations
+        figures["precision"] = self.config.inference.precision
         threshold = np.quantile(logits[~test.label], 0.99)
         figures["score_at_fpr_0.01"] = float(expit(threshold))
         figures["fraction_above_by_kind"] = {
             str(kind): float((logits[test.kind == kind] > threshold).mean()) for kind in np.unique(test.kind)
         }
         figures["summary"] = summarize(figures["all"])
-        self.log.info("On the test examples: %s.", figures["summary"])
         return figures
 
     def _describe_recipe(self) -> dict[str, Any]:
@@ -410,122 +526,6 @@ class TrainLensFinderTask(PipelineTask):
             "devices": self.config.devices,
             "stored_float_bits": self.config.floatBits,
         }
-
-
-class TrainingSetError(ValueError):
-    """Raised for examples that cannot be trained on."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TrainingSet:
-    """Examples as arrays, with what is known of each."""
-
-    image: np.ndarray
-    """Pixels in units of the noise, neither clipped nor stretched, float32,
-    shape ``(N, B, y, x)``."""
-
-    label: np.ndarray
-    """Whether there are lensed arcs, bool, shape ``(N,)``."""
-
-    kind: np.ndarray
-    """``lens``, or the kind of non-lens, shape ``(N,)``."""
-
-    split: np.ndarray
-    """One of `SPLITS`, shape ``(N,)``."""
-
-    host_id: np.ndarray
-    """Object ID of the galaxy, shape ``(N,)``."""
-
-    einstein_radius: np.ndarray
-    """In arcsec; NaN without lens, shape ``(N,)``."""
-
-    arc_snr: np.ndarray
-    """Signal to noise of the arcs; NaN without lens, shape ``(N,)``."""
-
-    seed: np.ndarray
-    """Seed of the simulation, shape ``(N,)``."""
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def __getitem__(self, index: np.ndarray) -> TrainingSet:
-        """Return some of the examples."""
-        names = [field.name for field in dataclasses.fields(self)]
-        return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in names})
-
-    @classmethod
-    def concatenate(cls, parts: list[TrainingSet]) -> TrainingSet:
-        """Join several sets.
-
-        Parameters
-        ----------
-        parts
-            The sets.
-        """
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
-
-    @classmethod
-    def from_table(cls, table: Table, settings: ModelSettings, margin: int) -> TrainingSet:
-        """Make from a table of `SimulateLensesTask`.
-
-        Parameters
-        ----------
-        table
-            The table.
-        settings
-            What the network expects.
-        margin
-            Pixels to keep around the stamp of the network.
-
-        Raises
-        ------
-        TrainingSetError
-            Raised if the stamps lack bands, are too small, or have other
-            pixels, or if some of their values are not finite.
-        """
-        try:
-            cutouts = Cutouts.from_table(table).select_bands(settings.bands)
-        except ValueError as err:
-            raise TrainingSetError(str(err)) from err
-        if abs(cutouts.pixel_scale / settings.pixel_scale - 1) > SCALE_TOLERANCE:
-            raise TrainingSetError(
-                f"The stamps have pixels of {cutouts.pixel_scale:.3f} arcsec; set pixelScale, which is "
-                f"{settings.pixel_scale:.3f}, to that."
-            )
-        size = settings.stamp_size + 2 * margin
-        if cutouts.size < size:
-            raise TrainingSetError(
-                f"The stamps have {cutouts.size} pixels on a side; {settings.stamp_size} and shifts of "
-                f"{margin} need {size}.  Set stampSize of SimulateLensesTask, or maxShift."
-            )
-        linear = dataclasses.replace(settings.preprocessing, clip=math.inf, softening=None)
-        crop = slice((cutouts.size - size) // 2, (cutouts.size - size) // 2 + size)
-        image = linear.apply(cutouts)[..., crop, crop].copy()
-        if spoilt := int((~np.isfinite(image)).any(axis=(1, 2, 3)).sum()):
-            raise TrainingSetError(f"{spoilt} stamps have good pixels that are not finite.")
-        return cls(
-            image=image,
-            label=np.asarray(table["label"], dtype=bool),
-            kind=np.asarray(table["kind"], dtype=str),
-            split=np.asarray(table["split"], dtype=str),
-            host_id=np.asarray(table["host_id"]),
-            einstein_radius=np.asarray(table["einstein_radius"]),
-            arc_snr=np.asarray(table["arc_snr"]),
-            seed=np.asarray(table["seed"]),
-        )
-
-    def describe(self) -> dict[str, Any]:
-        """Return counts and seeds, as types that JSON has."""
-        counts = {
-            split: {
-                str(kind): int(((self.split == split) & (self.kind == kind)).sum())
-                for kind in np.unique(self.kind)
-            }
-            for split in SPLITS
-        }
-        hosts = {split: len(np.unique(self.host_id[self.split == split])) for split in SPLITS}
-        return {"counts": counts, "distinct_galaxies": hosts, "seeds": [int(s) for s in np.unique(self.seed)]}
 
 
 def summarize(figures: Mapping[str, Any]) -> str:
@@ -561,18 +561,13 @@ def make_network(architecture: str, settings: ModelSettings) -> torch.nn.Module:
     return network
 
 
-def stretch(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Clip and stretch pixels that are in units of the noise.
-
-    Parameters
-    ----------
-    images
-        Pixels, shape ``(N, B, y, x)``.
-    preprocessing
-        Scaling of the model.
-    """
-    scaling = dataclasses.replace(preprocessing, noise=(1.0,) * images.shape[1], mean=None)
-    return scaling.scale(images, variance=images, bad=np.zeros(images.shape, dtype=bool))
+def _describe_probabilities(log_ratios: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return how well log likelihood ratios become probabilities."""
+    probabilities = expit(log_ratios + logit(labels.mean()))
+    return {
+        "ece": compute_calibration_error(probabilities, labels),
+        "brier": compute_brier_score(probabilities, labels),
+    }
 
 
 def _round(values: np.ndarray, bits: int) -> np.ndarray:
