@@ -34,7 +34,7 @@ from click.testing import CliRunner
 from lsst.meas.deeplearn.inference import InferenceConfig
 from lsst.meas.deeplearn.lenses import challenge
 from lsst.meas.deeplearn.lenses.challenge import ChallengeError
-from lsst.meas.deeplearn.lenses.evaluate_lens_finder_task import EvaluationError
+from lsst.meas.deeplearn.lenses.lens_network import EvaluationError
 from lsst.meas.deeplearn.lenses.simulate_lenses_task import EXAMPLE_COLUMNS
 from lsst.meas.deeplearn.model_package import ModelPackage, ModelPackageError
 from lsst.meas.deeplearn.tests import make_test_model
@@ -249,12 +249,14 @@ def test_training_table(training: Path) -> None:
     images = challenge.find_images(training, "ground")
     cutouts = challenge.read_cutouts(images, list(images), "ground")
     cutouts.image[0, 0, 25, 25] = np.nan
-    table = challenge.make_training_table(cutouts, catalog, validation=0.3, test=0.3)
+    table = challenge.make_training_table(cutouts, catalog, validation=0.3, test=0.3, calibration=0.0)
     assert {name for name, _, _ in EXAMPLE_COLUMNS} <= set(table.colnames)
     assert len(table) == 23
     assert (table["label"] == (table["ids"] % 2 == 0)).all()
     assert set(table["split"]) == {"train", "validation", "test"}
-    backwards = challenge.make_training_table(cutouts[::-1], catalog, validation=0.3, test=0.3)
+    backwards = challenge.make_training_table(
+        cutouts[::-1], catalog, validation=0.3, test=0.3, calibration=0.0
+    )
     np.testing.assert_array_equal(backwards["split"][::-1], table["split"])
 
 

@@ -38,19 +38,18 @@ from astropy.table import Column, Table
 from lsst.daf.butler import Butler, DatasetType
 from lsst.meas.deeplearn.cutouts import Cutouts
 from lsst.meas.deeplearn.lenses import degradation, evaluation_plots, simple_features
-from lsst.meas.deeplearn.lenses.calibration import apply_calibration
+from lsst.meas.deeplearn.lenses.completeness import compute_completeness_map
 from lsst.meas.deeplearn.lenses.evaluate_lens_finder_task import (
+    COLORS,
     ENSEMBLE,
-    METRIC_COLUMNS,
-    RING_FINDER,
     EvaluateLensFinderConfig,
     EvaluateLensFinderConnections,
     EvaluateLensFinderTask,
-    EvaluationError,
-    add_evaluation,
-    summarize_metrics,
 )
-from lsst.meas.deeplearn.lenses.metrics import compute_completeness_map
+from lsst.meas.deeplearn.lenses.example_scores import RING_FINDER
+from lsst.meas.deeplearn.lenses.lens_network import EvaluationError
+from lsst.meas.deeplearn.lenses.likelihood_ratio import ScoreCalibration
+from lsst.meas.deeplearn.lenses.metric_table import METRIC_COLUMNS, add_evaluation, summarize_metrics
 from lsst.meas.deeplearn.lenses.simulate_lenses_task import EXAMPLE_COLUMNS
 from lsst.meas.deeplearn.model_package import ModelPackage, ModelPackageError, ingest_model
 from lsst.meas.deeplearn.tests import make_test_model, make_test_repository
@@ -60,7 +59,6 @@ from lsst.pipe.base.simple_pipeline_executor import SimplePipelineExecutor
 from lsst.pipe.base.testUtils import lintConnections
 
 NOISE = 10.0
-COLORS = "colour and magnitude"
 
 
 def make_cutouts(
@@ -113,7 +111,7 @@ def make_examples(n: int = 120, *, seed: int = 1, shuffle: bool = False, **kwarg
         "einstein_radius": np.where(label, rng.uniform(0.6, 2.5, n), np.nan).astype(np.float32),
         "magnification": np.where(label, 5.0, np.nan),
         "arc_snr": np.where(label, rng.uniform(15, 80, n), np.nan).astype(np.float32),
-        "split": np.array(["train", "validation", "test"])[np.arange(n) // 6 % 3],
+        "split": np.array(["train", "calibration", "test"])[np.arange(n) // 6 % 3],
         "seed": np.full(n, seed),
     }
     for name, unit, description in EXAMPLE_COLUMNS:
@@ -126,7 +124,6 @@ def make_config(**overrides: object) -> EvaluateLensFinderConfig:
     config = EvaluateLensFinderConfig()
     config.inference.device = "cpu"
     config.inference.averageOrientations = 1
-    config.calibration = "platt"
     config.update(**overrides)
     return config
 
@@ -226,9 +223,11 @@ def test_robustness_and_probes(result: Any) -> None:
 
 def test_calibrations(result: Any) -> None:
     """Calibrations are plain data, and the summary of a model is JSON."""
-    assert set(result.calibrations) == {"test 1", "test 2", ENSEMBLE}
-    calibration = json.loads(json.dumps(result.calibrations))["test 1"]
-    assert 0 < apply_calibration(calibration, np.array([0.3]))[0] < 1
+    assert set(result.calibrations) == {"test 1", "test 2"}
+    calibration = ScoreCalibration.from_dict(json.loads(json.dumps(result.calibrations))["test 1"])
+    assert np.isfinite(calibration.compute_log_ratio(np.array([0.3]))).all()
+    assert 0 <= get_value(result.metrics, ENSEMBLE, "ece") <= 1
+    assert "ece_of_package" not in result.metrics["metric"]
     summary = json.loads(json.dumps(summarize_metrics(result.metrics, "test 1")))
     assert summary["all"]["auroc"]["n_negative"] == 36
     assert summary["all"]["ece"]["low"] is None
@@ -322,13 +321,55 @@ def test_model_without_scores() -> None:
 
 
 def test_missing_splits() -> None:
-    """Without train and validation examples the rest is still measured."""
+    """Without train and calibration examples the rest is still measured."""
     table = make_examples()
     config = make_config(maxRobustness=0, doProbe=False)
     result = EvaluateLensFinderTask(config=config).run([table[table["split"] == "test"]], [make_test_model()])
     assert set(result.metrics["classifier"]) == {"", "test 1", "RingFinder", RING_FINDER}
     assert result.calibrations == {}
     assert "ece_raw" in result.metrics["metric"]
+    assert "ece" not in result.metrics["metric"]
+
+
+def test_calibration_of_the_package() -> None:
+    """What a package says of its scores is measured as users get it."""
+    calibration = {"thresholds": [1e3], "n_lens": [1.0, 9.0], "n_not": [9.0, 1.0]}
+    model = dataclasses.replace(make_test_model(), record={"calibration": calibration})
+    config = make_config(maxRobustness=0, doProbe=False, doRingFinder=False)
+    metrics = EvaluateLensFinderTask(config=config).run([make_examples()], [model]).metrics
+    # All logits are below the threshold, of which half are lenses.
+    expected = 0.5 - 1 / (1 + 9.5 / 1.5)
+    assert get_value(metrics, "test 1", "ece_of_package") == pytest.approx(expected, abs=1e-6)
+
+
+def make_candidates(n: int, score: float, models: str = "test") -> Table:
+    """Make a table as of LensFinderTask, of which the first is outside."""
+    return Table(
+        {
+            "score": np.full(n, score, dtype=np.float32),
+            "model_name": np.full(n, models),
+            "patch_inner": np.arange(n) > 0,
+            "flag_not_scored": np.arange(n) == 1,
+        }
+    )
+
+
+def test_blank_fields() -> None:
+    """Objects of fields without lenses are negatives, if they have a score
+    and are in the inner region, and were scored with the same models.
+    """
+    task = EvaluateLensFinderTask(config=make_config(maxRobustness=0, doProbe=False, doRingFinder=False))
+    blank = [make_candidates(12, 0.0), make_candidates(22, 1.0), make_candidates(0, 0.5)]
+    metrics = task.run([make_examples()], [make_test_model()], blank=blank).metrics
+    rows = metrics[metrics["subset"] == "blank fields"]
+    assert set(rows["n_negative"]) == {10 + 20}
+    assert set(rows["classifier"]) == {"test 1"}
+    assert get_value(metrics, "test 1", "auroc", "blank fields") == pytest.approx(1 / 3)
+    assert get_value(metrics, "test 1", "tpr_at_fpr_0.01", "blank fields") == 0
+    clear = "blank fields, einstein_radius > 1.4, arc_snr > 20"
+    assert get_value(metrics, "test 1", "auroc", clear) == pytest.approx(1 / 3)
+    with pytest.raises(EvaluationError, match=r"scored with models \['other'\], not with \['test'\]"):
+        task.run([make_examples()], [make_test_model()], blank=[make_candidates(3, 0.5, "other")])
 
 
 def test_examples_that_do_not_fit() -> None:

@@ -25,7 +25,9 @@ import json
 
 import numpy as np
 import pytest
+from scipy.special import expit, logit
 
+from lsst.meas.deeplearn.lenses.calibration import compute_calibration_error
 from lsst.meas.deeplearn.lenses.likelihood_ratio import ScoreCalibration
 
 
@@ -54,6 +56,23 @@ def test_score_calibration() -> None:
     assert (drawn[:, 2] == 0).all()
     with pytest.raises(ValueError, match="too few"):
         ScoreCalibration.from_scores(scores[:20], is_lens[:20])
+
+
+def test_calibrated_probabilities() -> None:
+    """Fitted on one half, the other half is calibrated to two per cent, at
+    the prevalence of the fit and at that of a sky with fewer lenses.
+    """
+    rng = np.random.default_rng(6)
+    truth = rng.uniform(0.02, 0.98, 40000)
+    labels = rng.random(40000) < truth
+    scores = 3.0 * logit(truth) + 2.0  # overconfident
+    half = np.arange(40000) < 20000
+    calibration = ScoreCalibration.from_scores(scores[half], labels[half])
+    assert compute_calibration_error(expit(scores[~half]), labels[~half]) > 0.1
+    rare = ~labels | (rng.random(40000) < 0.05)
+    for part in (~half, ~half & rare):
+        odds = calibration.compute_log_ratio(scores[part]) + logit(labels[part].mean())
+        assert compute_calibration_error(expit(odds), labels[part]) < 0.02
 
 
 def test_score_calibration_from_roc() -> None:

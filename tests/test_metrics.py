@@ -33,8 +33,10 @@ import math
 import numpy as np
 import pytest
 
-from lsst.meas.deeplearn.lenses import calibration, metrics
-from lsst.meas.deeplearn.lenses.metrics import Fraction
+from lsst.meas.deeplearn import metrics
+from lsst.meas.deeplearn.lenses import calibration, completeness, logistic_regression
+from lsst.meas.deeplearn.lenses.likelihood_ratio import ScoreCalibration
+from lsst.meas.deeplearn.metrics import Fraction
 
 HAND_SCORES = np.array([0.1, 0.4, 0.35, 0.8])
 HAND_LABELS = np.array([False, False, True, True])
@@ -87,9 +89,6 @@ def test_empty_class(labels: np.ndarray) -> None:
     point = metrics.compute_operating_point(scores, labels, fpr=0.1)
     assert math.isnan(point.tpr.value)
     assert point.tpr.n == labels.sum()
-    for fit in (calibration.fit_platt, calibration.fit_isotonic):
-        with pytest.raises(ValueError, match="Both classes are needed"):
-            fit(scores, labels)
 
 
 def test_no_examples() -> None:
@@ -139,12 +138,10 @@ def test_against_scikit_learn() -> None:
     assert calibration.compute_brier_score(probabilities, labels) == pytest.approx(
         sk.brier_score_loss(labels, probabilities)
     )
-    isotonic = calibration.fit_isotonic(scores, labels)
-    limits = 1 / (len(labels) + 2), (len(labels) + 1) / (len(labels) + 2)
-    expected = IsotonicRegression(out_of_bounds="clip").fit(scores, labels).predict(scores)
-    np.testing.assert_allclose(
-        calibration.apply_calibration(isotonic, scores), np.clip(expected, *limits), atol=1e-12
-    )
+    fitted = ScoreCalibration.from_scores(scores, labels, min_count=0)
+    fraction = fitted.n_lens / (fitted.n_lens + fitted.n_not)
+    expected = IsotonicRegression().fit_transform(scores, labels)
+    np.testing.assert_allclose(fraction[fitted.find_bins(scores)], expected, atol=1e-12)
 
 
 def test_auroc_error_by_hand() -> None:
@@ -305,14 +302,14 @@ def test_wilson_interval(k: int, n: int, low: float, high: float) -> None:
 def test_sky_yield_by_hand() -> None:
     """The table of the lens density and the rates, worked out on paper."""
     tpr, fpr = Fraction(0.5, 0.4, 0.6, 100), Fraction(1e-3, 5e-4, 2e-3, 10000)
-    found = metrics.compute_sky_yield(tpr, fpr, lens_density=2.0, candidate_density=10002.0)
+    found = completeness.compute_sky_yield(tpr, fpr, lens_density=2.0, candidate_density=10002.0)
     assert found.lenses == 1.0
     assert found.contaminants.value == pytest.approx(10.0)
     assert found.precision.value == pytest.approx(1 / 11)
     assert found.precision.low == pytest.approx(0.8 / 20.8)
     assert found.precision.high == pytest.approx(1.2 / 6.2)
     with pytest.raises(ValueError, match="cannot be"):
-        metrics.compute_sky_yield(tpr, fpr, lens_density=2.0, candidate_density=1.0)
+        completeness.compute_sky_yield(tpr, fpr, lens_density=2.0, candidate_density=1.0)
 
 
 def test_precision_along_the_curve() -> None:
@@ -330,7 +327,7 @@ def test_precision_along_the_curve() -> None:
 
 def test_completeness_map_by_hand() -> None:
     """Lenses are counted in their cells; edges belong to the upper cell."""
-    cells = metrics.compute_completeness_map(
+    cells = completeness.compute_completeness_map(
         np.array([True, False, True, True, False]),
         np.array([0.5, 0.9, 1.0, 5.0, np.nan]),
         np.array([10.0, 19.0, 20.0, 10.0, 10.0]),
@@ -344,7 +341,9 @@ def test_completeness_map_by_hand() -> None:
     assert (low[0, 0], high[0, 0]) == (Fraction.from_counts(1, 2).low, Fraction.from_counts(1, 2).high)
     assert np.isnan(low[0, 1])
     with pytest.raises(ValueError, match="ascend"):
-        metrics.compute_completeness_map(np.ones(1), np.ones(1), np.ones(1), x_edges=[1, 1], y_edges=[0, 1])
+        completeness.compute_completeness_map(
+            np.ones(1), np.ones(1), np.ones(1), x_edges=[1, 1], y_edges=[0, 1]
+        )
 
 
 # Calibration
@@ -375,75 +374,6 @@ def test_losses_at_certainty() -> None:
         calibration.compute_log_loss(np.array([-3.0]), np.array([True]))
 
 
-@pytest.mark.parametrize("fit", [calibration.fit_platt, calibration.fit_isotonic])
-def test_calibration_of_other_examples(fit: object) -> None:
-    """Fitted on one half, the other half is calibrated to two per cent, and
-    the calibration lives through JSON.
-    """
-    rng = np.random.default_rng(6)
-    truth = rng.uniform(0.02, 0.98, 20000)
-    labels = rng.random(20000) < truth
-    scores = 3.0 * np.log(truth / (1 - truth)) + 2.0  # overconfident
-    half = np.arange(20000) < 10000
-    fitted = fit(scores[half], labels[half])  # type: ignore[operator]
-    probabilities = calibration.apply_calibration(fitted, scores[~half])
-    assert calibration.compute_calibration_error(1 / (1 + np.exp(-scores[~half])), labels[~half]) > 0.1
-    assert calibration.compute_calibration_error(probabilities, labels[~half]) < 0.02
-    assert np.abs(probabilities - truth[~half]).mean() < 0.03
-    again = calibration.apply_calibration(json.loads(json.dumps(fitted)), scores[~half])
-    np.testing.assert_array_equal(again, probabilities)
-    assert fitted["prevalence"] == labels[half].mean()
-
-
-def test_platt_recovers_a_logistic_law() -> None:
-    """Slope and intercept are those of the law that made the labels."""
-    rng = np.random.default_rng(7)
-    scores = rng.normal(10.0, 4.0, 50000)
-    labels = rng.random(50000) < 1 / (1 + np.exp(-(0.5 * scores - 4.0)))
-    fitted = calibration.fit_platt(scores, labels)
-    assert fitted["slope"] == pytest.approx(0.5, abs=0.015)
-    assert fitted["intercept"] == pytest.approx(-4.0, abs=0.15)
-
-
-def test_calibration_of_classes_that_are_apart() -> None:
-    """No calibration promises certainty."""
-    scores, labels = np.array([-2.0, -1.0, 1.0, 2.0]), np.array([False, False, True, True])
-    for fit in (calibration.fit_platt, calibration.fit_isotonic):
-        probabilities = calibration.apply_calibration(fit(scores, labels), np.array([-1e9, 1e9]))
-        assert probabilities[0] < 0.3
-        assert probabilities[1] > 0.7
-        if fit is calibration.fit_isotonic:
-            np.testing.assert_allclose(probabilities, [1 / 6, 5 / 6])
-
-
-def test_isotonic_never_falls() -> None:
-    """Higher scores never mean lower probabilities, ties have one."""
-    scores, labels = make_scores()
-    grid = np.linspace(-5, 6, 400)
-    calibrated = calibration.apply_calibration(calibration.fit_isotonic(scores, labels), grid)
-    assert (np.diff(calibrated) >= 0).all()
-    with pytest.raises(ValueError, match="no calibration 'magic'"):
-        calibration.apply_calibration({"method": "magic"}, grid)
-    with pytest.raises(ValueError, match="finite"):
-        calibration.fit_isotonic(np.array([np.inf, 0.0]), np.array([True, False]))
-
-
-def test_prior_shift() -> None:
-    """Removing nine of ten positives is what the shift foresees."""
-    assert calibration.shift_prior(np.array([0.5]), 0.5, 0.1)[0] == pytest.approx(0.1)
-    np.testing.assert_array_equal(calibration.shift_prior(np.array([0.0, 1.0]), 0.5, 1e-4), [0, 1])
-    rng = np.random.default_rng(8)
-    scores, labels = make_scores(20000, 20000, decimals=9)
-    fitted = calibration.fit_platt(scores, labels)
-    rare = ~labels | (rng.random(40000) < 0.05)
-    prevalence = labels[rare].mean()
-    shifted = calibration.apply_calibration(fitted, scores[rare], prevalence=prevalence)
-    assert calibration.compute_calibration_error(shifted, labels[rare]) < 0.005
-    assert shifted.mean() == pytest.approx(prevalence, rel=0.05)
-    with pytest.raises(ValueError, match="nothing to decide"):
-        calibration.shift_prior(scores, 0.5, 0.0)
-
-
 # Linear classifiers
 
 
@@ -453,11 +383,11 @@ def test_logistic_regression_recovers_its_law() -> None:
     features = rng.normal([5.0, -3.0, 0.0], [2.0, 0.1, 1.0], (20000, 3))
     z = 1.0 * (features[:, 0] - 5) - 10.0 * (features[:, 1] + 3)
     labels = rng.random(20000) < 1 / (1 + np.exp(-z))
-    model = metrics.fit_logistic(features, labels, penalty=1e-6)
+    model = logistic_regression.fit_logistic(features, labels, penalty=1e-6)
     np.testing.assert_allclose(model.weights / model.scale, [1.0, -10.0, 0.0], atol=0.35)
     np.testing.assert_allclose(model.predict(features), z, atol=0.4)
     with pytest.raises(ValueError, match="finite"):
-        metrics.fit_logistic(np.full((2, 1), np.nan), np.array([True, False]))
+        logistic_regression.fit_logistic(np.full((2, 1), np.nan), np.array([True, False]))
 
 
 def test_probe() -> None:
@@ -467,12 +397,12 @@ def test_probe() -> None:
     rng = np.random.default_rng(10)
     labels = rng.random(2000) < 0.5
     features = np.column_stack([rng.normal(size=(2000, 5)), np.ones(2000)])
-    auroc, error = metrics.compute_probe_auroc(features, labels)
+    auroc, error = logistic_regression.compute_probe_auroc(features, labels)
     assert abs(auroc - 0.5) < 4 * error
     features[:, 2] += labels
-    auroc, error = metrics.compute_probe_auroc(features, labels)
+    auroc, error = logistic_regression.compute_probe_auroc(features, labels)
     assert abs(auroc - 0.760) < 4 * error
-    assert math.isnan(metrics.compute_probe_auroc(features, np.ones(2000, dtype=bool))[0])
+    assert math.isnan(logistic_regression.compute_probe_auroc(features, np.ones(2000, dtype=bool))[0])
 
 
 def test_probe_respects_groups() -> None:
@@ -481,8 +411,8 @@ def test_probe_respects_groups() -> None:
     host = np.repeat(np.arange(60), 10)
     labels = rng.permutation(60)[host] < 30
     features = np.eye(60)[host]
-    leaking, _ = metrics.compute_probe_auroc(features, labels)
-    honest, _ = metrics.compute_probe_auroc(features, labels, groups=host)
+    leaking, _ = logistic_regression.compute_probe_auroc(features, labels)
+    honest, _ = logistic_regression.compute_probe_auroc(features, labels, groups=host)
     assert leaking > 0.95
     assert honest == pytest.approx(0.5, abs=0.05)
 
@@ -491,7 +421,7 @@ def test_summary_of_the_training() -> None:
     """The summary has the figures of all and of the clear lenses."""
     scores, labels = make_scores(100, 200)
     radius = np.where(np.arange(300) % 2, 0.8, 1.5)
-    summary = metrics.describe_scores(scores, labels, einstein_radius=radius, arc_snr=np.full(300, 30.0))
+    summary = completeness.describe_scores(scores, labels, einstein_radius=radius, arc_snr=np.full(300, 30.0))
     assert summary["all"]["n_lenses"] == 100
     assert summary["clear"]["n_lenses"] == (labels & (radius > 1)).sum()
     assert summary["clear"]["n_non_lenses"] == 200

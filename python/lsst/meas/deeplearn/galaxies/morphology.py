@@ -59,7 +59,7 @@ from astropy.table import Table
 from scipy import ndimage
 from scipy.special import expit
 
-from ..lenses.metrics import compute_auroc
+from ..metrics import compute_auroc
 
 STATISTICS: Mapping[str, str] = {
     "gini": "Gini coefficient of the pixels",

@@ -19,38 +19,29 @@
 # You should have received a copy of the GNU General Public License
 # along with this program.  If not, see <https://www.gnu.org/licenses/>.
 
-"""Probabilities from scores: calibration, and how good it is.
+"""How good predicted probabilities are.
 
-The output of a network is not the probability of a lens: it is fitted to a
-sample in which lenses are not rare, and often overconfident.  A calibration is
-fitted to examples that the network was not trained on, and is a dict of
-types that JSON has, so that it can go into the record of a model package.
+Probabilities come from scores by `.likelihood_ratio.ScoreCalibration` and the
+fraction of lenses among the objects at hand.
 """
 
 from __future__ import annotations
 
 __all__ = (
     "Reliability",
-    "apply_calibration",
     "compute_brier_score",
     "compute_calibration_error",
     "compute_log_loss",
     "compute_reliability",
-    "fit_isotonic",
-    "fit_platt",
-    "shift_prior",
 )
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-from scipy.optimize import isotonic_regression, minimize
-from scipy.special import expit, log_expit, logit, xlog1py, xlogy
+from scipy.special import xlog1py, xlogy
 
-from .metrics import check_classes, check_scores, compute_wilson_interval
+from ..metrics import check_scores, compute_wilson_interval
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,164 +161,6 @@ def compute_log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
     if not len(labels):
         return math.nan
     return float(-np.mean(xlogy(labels, probabilities) + xlog1py(1.0 - labels, -probabilities)))
-
-
-def fit_platt(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    r"""Fit a calibration that is a logistic function of the score.
-
-    :math:`p = 1 / (1 + \exp(-a s - b))`, by maximum likelihood with the
-    targets of Platt (1999), :math:`(n_1 + 1) / (n_1 + 2)` and
-    :math:`1 / (n_0 + 2)`, so that classes that are apart give finite slopes.
-
-    Parameters
-    ----------
-    scores
-        Scores of examples that the classifier was not trained on, shape
-        ``(N,)``; logits rather than probabilities.
-    labels
-        Whether an example is positive, shape ``(N,)``.
-
-    Returns
-    -------
-    calibration
-        For `apply_calibration`; types that JSON has.
-
-    Raises
-    ------
-    ValueError
-        Raised if scores are NaN or a class is empty.
-    """
-    scores, labels = check_scores(scores, labels)
-    n1, n0 = check_classes(labels)
-    target = np.where(labels, (n1 + 1) / (n1 + 2), 1 / (n0 + 2))
-    center, scale = scores.mean(), scores.std() or 1.0
-    x = (scores - center) / scale
-
-    def compute_loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        z = parameters[0] * x + parameters[1]
-        residual = expit(z) - target
-        loss = -(target * log_expit(z) + (1 - target) * log_expit(-z)).mean()
-        return loss, np.array([(residual * x).mean(), residual.mean()])
-
-    slope, intercept = minimize(compute_loss, np.array([1.0, 0.0]), jac=True, method="BFGS").x
-    return {
-        "method": "platt",
-        "slope": float(slope / scale),
-        "intercept": float(intercept - slope * center / scale),
-        "prevalence": n1 / (n1 + n0),
-        "n": n1 + n0,
-    }
-
-
-def fit_isotonic(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Fit a calibration that is any ascending function of the score.
-
-    Isotonic regression (Zadrozny & Elkan 2002).  Certainty is not for sale:
-    probabilities stay between 1 / (n + 2) and (n + 1) / (n + 2).
-
-    Parameters
-    ----------
-    scores
-        Scores of examples that the classifier was not trained on, shape
-        ``(N,)``.
-    labels
-        Whether an example is positive, shape ``(N,)``.
-
-    Returns
-    -------
-    calibration
-        For `apply_calibration`; types that JSON has.
-
-    Raises
-    ------
-    ValueError
-        Raised if scores are NaN or infinite, or a class is empty.
-    """
-    scores, labels = check_scores(scores, labels)
-    n1, n0 = check_classes(labels)
-    if not np.isfinite(scores).all():
-        raise ValueError("An isotonic calibration needs finite scores.")
-    # Equal scores have one probability.
-    values, inverse = np.unique(scores, return_inverse=True)
-    weights = np.bincount(inverse)
-    mean = np.bincount(inverse, weights=labels) / weights
-    fit = isotonic_regression(mean, weights=weights)
-    # The ends of each step.
-    first, last = fit.blocks[:-1], fit.blocks[1:] - 1
-    knots = np.unique(np.concatenate([first, last]))
-    n = n1 + n0
-    return {
-        "method": "isotonic",
-        "scores": values[knots].astype(float).tolist(),
-        "probabilities": np.clip(fit.x[knots], 1 / (n + 2), (n + 1) / (n + 2)).tolist(),
-        "prevalence": n1 / n,
-        "n": n,
-    }
-
-
-def apply_calibration(
-    calibration: Mapping[str, Any], scores: np.ndarray, *, prevalence: float | None = None
-) -> np.ndarray:
-    """Return calibrated probabilities.
-
-    Parameters
-    ----------
-    calibration
-        What `fit_platt` or `fit_isotonic` returned, or that read back from
-        JSON.
-    scores
-        Scores of the same classifier, shape ``(N,)``.
-    prevalence
-        Fraction of positives among the objects at hand, such as that of
-        lenses on the sky; that of the examples of the fit by default.
-
-    Returns
-    -------
-    probabilities
-        NaN for scores of NaN.
-
-    Raises
-    ------
-    ValueError
-        Raised for an unknown method.
-    """
-    scores = np.asarray(scores, dtype=np.float64)
-    if calibration["method"] == "platt":
-        probabilities = expit(calibration["slope"] * scores + calibration["intercept"])
-    elif calibration["method"] == "isotonic":
-        probabilities = np.interp(scores, calibration["scores"], calibration["probabilities"])
-    else:
-        raise ValueError(f"There is no calibration {calibration['method']!r}; there are platt and isotonic.")
-    if prevalence is None:
-        return np.asarray(probabilities)
-    return shift_prior(probabilities, calibration["prevalence"], prevalence)
-
-
-def shift_prior(probabilities: np.ndarray, prevalence: float, new_prevalence: float) -> np.ndarray:
-    """Return probabilities for another fraction of positives.
-
-    Odds are multiplied by the ratio of the prior odds (Saerens et al. 2002,
-    Neural Computation 14, 21, equation 4), which holds if each class looks
-    the same in both samples.
-
-    Parameters
-    ----------
-    probabilities
-        Probabilities, shape ``(N,)``.
-    prevalence
-        Fraction of positives for which they hold, in (0, 1).
-    new_prevalence
-        Fraction of positives for which they are wanted, in (0, 1).
-
-    Raises
-    ------
-    ValueError
-        Raised if a prevalence is not between 0 and 1.
-    """
-    if not (0 < prevalence < 1 and 0 < new_prevalence < 1):
-        raise ValueError(f"Prevalences of {prevalence} and {new_prevalence} leave nothing to decide.")
-    with np.errstate(divide="ignore"):
-        return np.asarray(expit(logit(probabilities) + logit(new_prevalence) - logit(prevalence)))
 
 
 def _check_probabilities(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -79,10 +79,10 @@ from astropy.table import Column, Table
 
 from ..cutouts import Cutouts
 from ..inference import InferenceConfig
+from ..metrics import Fraction, compute_auroc, compute_operating_point
 from ..model_package import ModelPackage, ModelPackageError
 from ..patch_inputs import compute_seed
-from .evaluate_lens_finder_task import EvaluationError, LensNetwork
-from .metrics import Fraction, compute_auroc, compute_operating_point
+from .lens_network import EvaluationError, LensNetwork
 from .simulate_lenses_task import EXAMPLE_COLUMNS
 
 MASKED = 100.0
@@ -547,7 +547,12 @@ def score_challenge(
 
 
 def make_training_table(
-    cutouts: Cutouts, catalog: Table, *, validation: float = 0.1, test: float = 0.1
+    cutouts: Cutouts,
+    catalog: Table,
+    *,
+    validation: float = 0.1,
+    test: float = 0.1,
+    calibration: float = 0.05,
 ) -> Table:
     """Return stamps as examples for `TrainLensFinderTask`.
 
@@ -557,7 +562,7 @@ def make_training_table(
         Stamps of objects of the catalogue.
     catalog
         From `read_catalog`.
-    validation, test
+    validation, test, calibration
         Fractions of the objects in these splits, drawn by their IDs.
 
     Returns
@@ -572,7 +577,8 @@ def make_training_table(
     cutouts = cutouts[(cutouts.bad | np.isfinite(cutouts.image)).all(axis=(1, 2, 3))]
     label = np.array([bool(truth[number]) for number in cutouts.ids.tolist()], dtype=bool)
     place = np.array([compute_seed("challenge", number) / 2**62 for number in cutouts.ids.tolist()])
-    split = np.where(place < test, "test", np.where(place < test + validation, "validation", "train"))
+    edges = np.cumsum([test, validation, calibration])
+    split = np.array(["test", "validation", "calibration", "train"])[np.searchsorted(edges, place, "right")]
     n = len(cutouts)
     unknown = np.full(n, np.nan, dtype=np.float32)
     values: dict[str, Any] = {

@@ -24,30 +24,18 @@
 
 from __future__ import annotations
 
-__all__ = (
-    "METRIC_COLUMNS",
-    "EvaluateLensFinderConfig",
-    "EvaluateLensFinderConnections",
-    "EvaluateLensFinderTask",
-    "EvaluationError",
-    "LensNetwork",
-    "add_evaluation",
-    "summarize_metrics",
-)
+__all__ = ("EvaluateLensFinderConfig", "EvaluateLensFinderConnections", "EvaluateLensFinderTask")
 
 import dataclasses
-import functools
-import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
-from astropy.table import Column, Table, vstack
+from astropy.table import Table
 from scipy.special import expit
 
 import lsst.pipe.base.connectionTypes as cT
 from lsst.pex.config import (
-    ChoiceField,
     ConfigField,
     Field,
     FieldValidationError,
@@ -64,85 +52,35 @@ from lsst.pipe.base import (
 )
 from lsst.pipe.base.connections import InputQuantizedConnection, OutputQuantizedConnection
 
-from ..cutouts import Cutouts
-from ..inference import InferenceConfig, predict, torch_threads
-from ..model_package import MODEL_STORAGE_CLASS, SCALE_TOLERANCE, ModelPackage, ModelPackageError
-from .calibration import (
-    apply_calibration,
-    compute_brier_score,
-    compute_calibration_error,
-    compute_log_loss,
-    fit_isotonic,
-    fit_platt,
-)
-from .degradation import blur, change_zero_point, mask_stripe, remove_band, shift_centers
-from .metrics import (
-    CANDIDATE_DENSITY,
-    LENS_DENSITY,
-    CompletenessMap,
+from ..inference import InferenceConfig
+from ..metrics import (
     Fraction,
+    OperatingPoint,
     compute_auroc,
     compute_auroc_difference,
     compute_auroc_interval,
-    compute_completeness_map,
     compute_operating_point,
-    compute_probe_auroc,
+)
+from ..model_package import MODEL_STORAGE_CLASS, ModelPackage, ModelPackageError
+from .calibration import compute_brier_score, compute_calibration_error, compute_log_loss
+from .completeness import (
+    CANDIDATE_DENSITY,
+    LENS_DENSITY,
+    CompletenessMap,
+    compute_completeness_map,
     compute_sky_yield,
 )
-from .ring_finder import RingFinderConfig, find_rings
-from .simple_features import classify_colors, measure_center, measure_magnitudes, measure_outskirts
-from .simulate_lenses_task import EXAMPLE_COLUMNS
+from .ensemble import combine_logits, find_calibration
+from .example_scores import RING_FINDER, ExampleScorer, Measurements
+from .lens_network import EvaluationError, LensNetwork
+from .likelihood_ratio import ScoreCalibration
+from .logistic_regression import compute_probe_auroc
+from .metric_table import MetricTable
+from .ring_finder import RingFinderConfig
+from .simple_features import classify_colors
 
-if TYPE_CHECKING:
-    import torch
-
-METRIC_COLUMNS: Mapping[str, tuple[str, str]] = {
-    "classifier": ("U64", "Name and version of the model package, or name of the baseline"),
-    "subset": ("U96", "Examples that count: all lenses or some, against all non-lenses or some"),
-    "metric": ("U48", "What was measured; see the description of the row"),
-    "value": ("f8", "The measurement, in the unit of the row; NaN if it cannot be made"),
-    "low": ("f8", "Lower end of the interval of 95 per cent; NaN where there is none"),
-    "high": ("f8", "Upper end of the interval of 95 per cent; NaN where there is none"),
-    "unit": ("U16", "Unit of value, low and high; empty if they have none"),
-    "n_positive": ("i8", "Number of lenses behind it"),
-    "n_negative": ("i8", "Number of non-lenses behind it"),
-    "description": ("U160", "What the metric is"),
-    "note": ("U160", "What limits the measurement; empty if nothing does"),
-}
-"""Type and description of each column of ``lens_finder_metrics``."""
-
-ENSEMBLE, COLORS, RING_FINDER = "mean of all models", "colour and magnitude", "RingFinder S/N"
-"""Names of the classifiers that are no model package."""
-
-_DESCRIPTIONS: Mapping[str, str] = {
-    "auroc": "Area under the ROC curve, with the interval of DeLong",
-    "tpr0": "True-positive rate before any false positive (Metcalf et al. 2019)",
-    "tpr10": "True-positive rate with less than ten false positives (Metcalf et al. 2019)",
-    "tpr_at_fpr": "True-positive rate at this false-positive rate",
-    "threshold_at_fpr": "Score that has this false-positive rate",
-    "precision_at_fpr": "Fraction of lenses among what is found, at the densities of the sky",
-    "contaminants_at_fpr": "Non-lenses found on the sky",
-    "completeness": "Fraction of the lenses found at the reference false-positive rate",
-    "fpr_at_threshold": "False-positive rate at the threshold of the reference rate of all examples",
-    "tpr_at_threshold": "True-positive rate at the threshold of the reference rate of unchanged examples",
-    "score_change": "Root mean square change of the logit by what was done to the stamps",
-    "ece_raw": "Expected calibration error of the output of the network",
-    "brier_raw": "Brier score of the output of the network",
-    "log_loss_raw": "Mean negative log-likelihood of the output of the network",
-    "ece": "Expected calibration error after calibration on validation examples, for the share of lenses",
-    "brier": "Brier score after calibration on validation examples, for the share of lenses",
-    "log_loss": "Mean negative log-likelihood after the same calibration",
-    "decision_tpr": "True-positive rate of the decision",
-    "decision_fpr": "False-positive rate of the decision",
-    "tpr_at_ringfinder_fpr": "True-positive rate at the false-positive rate of the decision of RingFinder",
-    "auroc_above_colors": "AUROC less that of colour and magnitude, on the same examples",
-    "probe_auroc": "AUROC of a linear probe between lenses and what the subset says; 0.5 is none",
-    "n_excluded": "Examples left out because good pixels are not finite; counts are of the others",
-}
-
-
-class EvaluationError(ValueError):
-    """Raised for examples or models that cannot be evaluated."""
+ENSEMBLE, COLORS = "mean of all models", "colour and magnitude"
+"""Names of classifiers that are no model package."""
 
 
 class EvaluateLensFinderConnections(
@@ -168,6 +106,15 @@ class EvaluateLensFinderConnections(
         multiple=True,
         deferLoad=True,
     )
+    blankCandidates = cT.PrerequisiteInput(
+        doc="What LensFinderTask says of the objects of fields without lenses: all tables of the input "
+        "collections.",
+        name="{outputName}_candidates",
+        storageClass="ArrowAstropy",
+        dimensions=("skymap", "tract", "patch"),
+        multiple=True,
+        deferLoad=True,
+    )
     metrics = cT.Output(
         doc="Figures of merit of each lens finder, a row each, with intervals of 95 per cent.",
         name="{outputName}_finder_metrics",
@@ -175,7 +122,7 @@ class EvaluateLensFinderConnections(
         dimensions=(),
     )
     calibrations = cT.Output(
-        doc="Calibration of each lens finder, by name, for lenses.calibration.apply_calibration.",
+        doc="Calibration of each network, by name, for lenses.likelihood_ratio.ScoreCalibration.from_dict.",
         name="{outputName}_finder_calibrations",
         storageClass="StructuredDataDict",
         dimensions=(),
@@ -209,6 +156,8 @@ class EvaluateLensFinderConnections(
 
     def __init__(self, *, config: EvaluateLensFinderConfig):
         super().__init__(config=config)
+        if not config.doBlankFields:
+            del self.blankCandidates
         for k, name in enumerate(config.models):
             model = cT.Input(
                 doc="Model package to evaluate.", name=name, storageClass=MODEL_STORAGE_CLASS, dimensions=()
@@ -255,13 +204,10 @@ class EvaluateLensFinderConfig(PipelineTaskConfig, pipelineConnections=EvaluateL
         doc="Edges of the cells of the completeness map in the signal to noise of the arcs.",
         default=[10.0, 20.0, 30.0, 50.0, 100.0, 1000.0],
     )
-    calibration = ChoiceField[str](
-        doc="Calibration that is fitted to the validation examples.",
-        default="isotonic",
-        allowed={
-            "isotonic": "Any ascending function; needs a thousand examples or more.",
-            "platt": "A logistic function of the logit.",
-        },
+    doBlankFields = Field[bool](
+        doc="Measure false-positive rates on the objects of fields without lenses too, as LensFinderTask "
+        "scored them with the same models?",
+        default=False,
     )
 
     # The sky.
@@ -355,9 +301,10 @@ class EvaluateLensFinderTask(PipelineTask):
     Networks, their mean, and two baselines are tried on the same stamps:
     RingFinder (Gavazzi et al. 2014), and a logistic regression that knows
     only colours, magnitudes and concentrations, trained on the train examples.
-    What the networks say is calibrated on the validation examples.  Stamps
+    What the networks say is calibrated on the calibration examples.  Stamps
     are changed as bad data would change them, and scored again.  Linear probes
-    look for what gives simulations away.
+    look for what gives simulations away.  Fields without lenses say how many
+    false positives a search has.
 
     Tables are worked on one after the other, so that the stamps of one patch
     are in memory at a time.
@@ -378,14 +325,22 @@ class EvaluateLensFinderTask(PipelineTask):
         try:
             models = [ModelPackage.from_arrow(inputs[f"model_{k}"]) for k in range(len(self.config.models))]
             outputs = self.run(
-                (handle.get() for handle in handles), models, num_cores=butlerQC.resources.num_cores
+                (handle.get() for handle in handles),
+                models,
+                blank=[handle.get() for handle in inputs.get("blankCandidates", [])],
+                num_cores=butlerQC.resources.num_cores,
             )
         except (EvaluationError, ModelPackageError) as err:
             raise InvalidQuantumError(str(err)) from err
         butlerQC.put(outputs, outputRefs)
 
     def run(
-        self, examples: Iterable[Table], models: Iterable[ModelPackage] = (), *, num_cores: int = 1
+        self,
+        examples: Iterable[Table],
+        models: Iterable[ModelPackage] = (),
+        *,
+        blank: Iterable[Table] = (),
+        num_cores: int = 1,
     ) -> Struct:
         """Measure lens finders.
 
@@ -395,6 +350,9 @@ class EvaluateLensFinderTask(PipelineTask):
             Tables of `SimulateLensesTask`; one is held in memory at a time.
         models
             Model packages.
+        blank
+            Tables of `LensFinderTask` of fields without lenses, made with
+            all the models.
         num_cores
             Threads that may be used on a CPU.
 
@@ -406,25 +364,27 @@ class EvaluateLensFinderTask(PipelineTask):
             ``metrics``
                 The columns of `METRIC_COLUMNS` (`astropy.table.Table`).
             ``calibrations``
-                Calibration of each network, by its name (`dict`).
+                Calibration of each network, by its name, as
+                `ScoreCalibration.to_dict` returns it (`dict`).
             ``roc``, ``completeness``, ``reliability``, ``histograms``
                 Figures (`matplotlib.figure.Figure`).
 
         Raises
         ------
         EvaluationError
-            Raised if the examples do not fit the models or each other, or if
-            the test examples are of one class.
+            Raised if the examples do not fit the models or each other, if
+            the test examples are of one class, or if the objects of blank
+            fields were scored by other models.
         ModelPackageError
             Raised if a model is damaged or needs other bands.
         """
         finders = self._make_finders(models)
-        measured = self._measure(examples, finders, num_cores)
+        measured = ExampleScorer(self.config, finders, num_cores, self.log).measure(examples)
         self._check(measured)
         rows = measured.rows
         test = rows[rows["split"] == "test"]
         scores = self._gather_scores(rows, finders)
-        results = _MetricTable()
+        results = MetricTable()
         excluded = measured.n_excluded
         is_test = np.asarray(rows["split"] == "test")
         n_lenses = int(np.asarray(rows["label"]).sum())
@@ -437,15 +397,17 @@ class EvaluateLensFinderTask(PipelineTask):
             thresholds[name] = compute_operating_point(
                 values, labels, fpr=self.config.referenceFpr, seed=self.config.seed
             ).threshold
-            self._describe_rates(results, name, values, test)
+            self._describe_rates(results, name, values, labels, self._find_clear(test))
             self._describe_kinds(results, name, values, test, thresholds[name])
             cells = self._map_completeness(values > thresholds[name], test)
             results.add_completeness(name, cells)
         self._compare(results, test_scores, test)
         networks = [*(finder.name for finder in finders), *([ENSEMBLE] if len(finders) > 1 else [])]
-        calibrations = self._calibrate(results, {name: scores[name] for name in networks}, rows)
+        calibrations, probabilities = self._calibrate(results, finders, rows)
         self._describe_robustness(results, measured.changed, finders, thresholds)
         self._probe(results, measured.probes)
+        if (others := self._read_blank(blank, finders)) is not None:
+            self._describe_blank(results, networks[-1], test_scores[networks[-1]], others, test)
 
         self.metadata["n_lenses"] = int(labels.sum())
         self.metadata["n_non_lenses"] = int((~labels).sum())
@@ -453,7 +415,7 @@ class EvaluateLensFinderTask(PipelineTask):
         for name, values in test_scores.items():
             self.log.info("AUROC %.4f +- %.4f: %s.", *compute_auroc(values, labels), name)
         best = networks[-1] if networks else next(iter(test_scores))
-        figures = self._plot(test, test_scores, best, thresholds[best], calibrations)
+        figures = self._plot(test, test_scores, best, thresholds[best], probabilities.get(best, {}))
         return Struct(metrics=results.to_table(), calibrations=calibrations, **figures)
 
     def _make_finders(self, models: Iterable[ModelPackage]) -> list[LensNetwork]:
@@ -464,121 +426,7 @@ class EvaluateLensFinderTask(PipelineTask):
             raise EvaluationError(f"Several model packages are called {sorted(twice)}.")
         return finders
 
-    # Measurements on stamps
-
-    def _measure(self, tables: Iterable[Table], finders: list[LensNetwork], num_cores: int) -> _Measurements:
-        """Return all that is needed of the stamps."""
-        rows, changed, probes = [], [], []
-        n_excluded, geometry = 0, None
-        rng = np.random.default_rng(self.config.seed)
-        for table in tables:
-            if missing := {name for name, _, _ in EXAMPLE_COLUMNS} - set(table.colnames):
-                raise EvaluationError(f"The examples have no columns {sorted(missing)}.")
-            try:
-                cutouts = Cutouts.from_table(table)
-            except ValueError as err:
-                raise EvaluationError(str(err)) from err
-            here = (cutouts.bands, cutouts.size, round(cutouts.pixel_scale, 4))
-            if geometry not in (None, here):
-                raise EvaluationError(
-                    f"Examples of {geometry} and of {here} (bands, pixels, arcsec) cannot be evaluated "
-                    "together."
-                )
-            geometry = here
-            spoilt = (~cutouts.bad & ~np.isfinite(cutouts.image)).any(axis=(1, 2, 3))
-            n_excluded += int(spoilt.sum())
-            truth = table[[name for name, _, _ in EXAMPLE_COLUMNS]][~spoilt]
-            cutouts = cutouts[~spoilt]
-            for start in range(0, len(truth), self.config.chunkSize):
-                chunk = slice(start, start + self.config.chunkSize)
-                rows.append(self._score_chunk(truth[chunk], cutouts[chunk], finders, num_cores))
-                if self.config.doProbe:
-                    probes.append(self._measure_features(truth[chunk], cutouts[chunk], finders, num_cores))
-            if self.config.maxRobustness and finders:
-                chosen = np.flatnonzero(truth["split"] == "test")
-                chosen = np.sort(rng.permutation(chosen)[: self.config.maxRobustness])
-                changed.append(self._score_changed(truth[chosen], cutouts[chosen], finders, rng, num_cores))
-        if n_excluded:
-            self.log.warning("%d examples have good pixels that are not finite; left out.", n_excluded)
-        return _Measurements(_stack(rows), _stack(changed), _stack(probes), n_excluded)
-
-    def _score_chunk(
-        self, truth: Table, cutouts: Cutouts, finders: list[LensNetwork], num_cores: int
-    ) -> Table:
-        """Return truth and what each lens finder says."""
-        rows = truth.copy()
-        if self.config.doColors:
-            rows["magnitudes"] = measure_magnitudes(cutouts, self.config.apertureRadii)
-        looked_at = np.asarray(truth["split"] != "train")
-        for finder in finders:
-            rows[finder.name] = np.full(len(rows), np.nan)
-            rows[finder.name][looked_at] = finder.score(cutouts[looked_at], self.config.inference, num_cores)
-        if self.config.doRingFinder:
-            test = np.asarray(truth["split"] == "test")
-            rows[RING_FINDER] = np.full(len(rows), np.nan)
-            rows["ring_finder_is_lens"] = np.zeros(len(rows), dtype=bool)
-            try:
-                rings = find_rings(cutouts[test], self.config.ringFinder)
-            except ValueError as err:
-                raise EvaluationError(f"{err}  Or set doRingFinder to False.") from err
-            # No signal to noise is as good as none.
-            rows[RING_FINDER][test] = np.nan_to_num(rings.snr, nan=-np.inf)
-            rows["ring_finder_is_lens"][test] = rings.is_lens
-        return rows
-
-    def _score_changed(
-        self,
-        truth: Table,
-        cutouts: Cutouts,
-        finders: list[LensNetwork],
-        rng: np.random.Generator,
-        num_cores: int,
-    ) -> Table:
-        """Return what networks say of stamps that were changed."""
-        rows = truth[["label"]].copy()
-        config = self.config
-        changes: dict[str, Callable[[Cutouts], Cutouts]] = {
-            f"centre off by up to {config.shift} pixels": functools.partial(
-                shift_centers, largest=config.shift, rng=rng
-            ),
-            f"seeing {config.seeingFactor:g} times as wide": functools.partial(
-                blur, factor=config.seeingFactor, rng=rng
-            ),
-            f"bad stripe over {config.maskedFraction:.0%}": functools.partial(
-                mask_stripe, fraction=config.maskedFraction, rng=rng
-            ),
-        }
-        for error in (config.zeroPointError, -config.zeroPointError):
-            changes[f"{cutouts.bands[0]} band {error:+g} mag"] = functools.partial(
-                change_zero_point, band=0, error=error
-            )
-        for band, name in enumerate(cutouts.bands):
-            changes[f"no {name} band"] = functools.partial(remove_band, band=band)
-        for finder in finders:
-            rows[f"{finder.name}: unchanged"] = finder.score(cutouts, config.inference, num_cores)
-        for change, apply in changes.items():
-            stamps = apply(cutouts)
-            for finder in finders:
-                rows[f"{finder.name}: {change}"] = finder.score(stamps, config.inference, num_cores)
-        return rows
-
-    def _measure_features(
-        self, truth: Table, cutouts: Cutouts, finders: list[LensNetwork], num_cores: int
-    ) -> Table:
-        """Return features of lenses and of the galaxies that have no arcs."""
-        chosen = np.asarray(
-            (truth["split"] == "test") & (truth["label"] | (truth["kind"] == self.config.probeKind))
-        )
-        rows, cutouts = truth[["label", "host_id"]][chosen], cutouts[chosen]
-        rows["central pixels"] = measure_center(cutouts)
-        rows["outskirts"] = measure_outskirts(cutouts, self.config.outskirtsRadius)
-        for finder in finders:
-            features = finder.compute_features(cutouts, num_cores)
-            if features is not None:
-                rows[finder.name] = features
-        return rows
-
-    def _check(self, measured: _Measurements) -> None:
+    def _check(self, measured: Measurements) -> None:
         """Raise if nothing can be measured; warn of galaxies in two splits."""
         rows = measured.rows
         test = np.asarray(rows["split"] == "test") if len(rows) else np.zeros(0, dtype=bool)
@@ -614,12 +462,19 @@ class EvaluateLensFinderTask(PipelineTask):
 
     # Figures of merit
 
-    def _describe_rates(self, results: _MetricTable, name: str, scores: np.ndarray, test: Table) -> None:
+    def _describe_rates(
+        self,
+        results: MetricTable,
+        name: str,
+        scores: np.ndarray,
+        labels: np.ndarray,
+        clear: np.ndarray,
+        others: str = "",
+    ) -> None:
         """Add AUROC, rates, and what they mean on the sky."""
         config = self.config
-        labels = np.asarray(test["label"])
-        clear = ~labels | self._find_clear(test)
-        parts = {"all": np.ones_like(labels), self._clear_name: clear}
+        clear_name = ", ".join([others, self._clear_name] if others else [self._clear_name])
+        parts = {others or "all": np.ones_like(labels), clear_name: ~labels | clear}
         for subset, part in parts.items():
             s, y = scores[part], labels[part]
             n1, n0 = int(y.sum()), int((~y).sum())
@@ -631,26 +486,66 @@ class EvaluateLensFinderTask(PipelineTask):
             for fpr in config.fprs:
                 point = compute_operating_point(s, y, fpr=fpr, seed=config.seed)
                 results.add(name, subset, f"tpr_at_fpr_{fpr:g}", point.tpr, n1, n0, note=point.limit)
-                if subset != "all":
-                    continue
-                # What it means if the rate is what it should be; the interval
-                # is for what it is.
-                rate = dataclasses.replace(
-                    point.fpr, value=fpr, low=min(fpr, point.fpr.low), high=max(fpr, point.fpr.high)
+                if part.all():
+                    self._describe_yield(results, name, subset, point, fpr, (n1, n0))
+
+    def _describe_yield(
+        self,
+        results: MetricTable,
+        name: str,
+        subset: str,
+        point: OperatingPoint,
+        fpr: float,
+        counts: tuple[int, int],
+    ) -> None:
+        """Add what a false-positive rate means on the sky."""
+        # What it means if the rate is what it should be; the interval is for
+        # what it is.
+        rate = dataclasses.replace(
+            point.fpr, value=fpr, low=min(fpr, point.fpr.low), high=max(fpr, point.fpr.high)
+        )
+        found = compute_sky_yield(
+            point.tpr,
+            rate,
+            lens_density=self.config.lensDensity,
+            candidate_density=self.config.candidateDensity,
+        )
+        results.add(name, subset, f"threshold_at_fpr_{fpr:g}", point.threshold, *counts)
+        for metric, value, unit in (
+            ("precision", found.precision, ""),
+            ("contaminants", found.contaminants, "deg-2"),
+        ):
+            results.add(name, subset, f"{metric}_at_fpr_{fpr:g}", value, *counts, unit=unit, note=point.limit)
+
+    def _read_blank(self, tables: Iterable[Table], finders: list[LensNetwork]) -> np.ndarray | None:
+        """Return the scores of objects in fields without lenses; `None` if
+        there are no such fields.
+        """
+        scores = []
+        models = sorted(finder.model.name for finder in finders)
+        for table in tables:
+            used = sorted(set(str(table["model_name"][0]).split(",") if len(table) else models) - {""})
+            if used != models:
+                raise EvaluationError(
+                    f"The objects of blank fields were scored with models {used}, not with {models}.  Run "
+                    "LensFinderTask on them with these."
                 )
-                found = compute_sky_yield(
-                    point.tpr,
-                    rate,
-                    lens_density=config.lensDensity,
-                    candidate_density=config.candidateDensity,
-                )
-                results.add(name, subset, f"threshold_at_fpr_{fpr:g}", point.threshold, n1, n0)
-                for metric, value, unit in (
-                    ("precision", found.precision, ""),
-                    ("contaminants", found.contaminants, "deg-2"),
-                ):
-                    note = point.limit
-                    results.add(name, subset, f"{metric}_at_fpr_{fpr:g}", value, n1, n0, unit=unit, note=note)
+            usable = np.asarray(table["patch_inner"]) & ~np.asarray(table["flag_not_scored"])
+            scores.append(np.asarray(table["score"])[usable])
+        return np.concatenate(scores) if scores else None
+
+    def _describe_blank(
+        self, results: MetricTable, name: str, logits: np.ndarray, others: np.ndarray, test: Table
+    ) -> None:
+        """Add rates for the lenses of the test examples and the objects of
+        fields without lenses.
+        """
+        lenses = np.asarray(test["label"])
+        # Rounded as LensFinderTask rounds, so that ties are ties.
+        scores = np.concatenate([expit(logits[lenses]).astype(np.float32), others])
+        labels = np.arange(len(scores)) < lenses.sum()
+        clear = np.concatenate([self._find_clear(test)[lenses], np.zeros(len(others), dtype=bool)])
+        self._describe_rates(results, name, scores, labels, clear, others="blank fields")
 
     @property
     def _clear_name(self) -> str:
@@ -663,7 +558,7 @@ class EvaluateLensFinderTask(PipelineTask):
         return np.asarray(clear & (test["arc_snr"] > config.clearArcSnr))
 
     def _describe_kinds(
-        self, results: _MetricTable, name: str, scores: np.ndarray, test: Table, threshold: float
+        self, results: MetricTable, name: str, scores: np.ndarray, test: Table, threshold: float
     ) -> None:
         """Add how well each kind of non-lens is told from lenses."""
         labels, kinds = np.asarray(test["label"]), np.asarray(test["kind"])
@@ -685,7 +580,7 @@ class EvaluateLensFinderTask(PipelineTask):
             y_edges=list(self.config.arcSnrEdges),
         )
 
-    def _compare(self, results: _MetricTable, scores: Mapping[str, np.ndarray], test: Table) -> None:
+    def _compare(self, results: MetricTable, scores: Mapping[str, np.ndarray], test: Table) -> None:
         """Add how lens finders do beside the baselines."""
         labels = np.asarray(test["label"])
         n1, n0 = int(labels.sum()), int((~labels).sum())
@@ -715,38 +610,58 @@ class EvaluateLensFinderTask(PipelineTask):
                 )
 
     def _calibrate(
-        self, results: _MetricTable, scores: Mapping[str, np.ndarray], rows: Table
-    ) -> dict[str, dict[str, Any]]:
-        """Add how well probabilities can be believed; return calibrations."""
-        calibrations: dict[str, dict[str, Any]] = {}
-        test = np.asarray(rows["split"] == "test")
-        validation = np.asarray(rows["split"] == "validation")
-        labels = np.asarray(rows["label"])
+        self, results: MetricTable, finders: list[LensNetwork], rows: Table
+    ) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+        """Add how well probabilities can be believed.
+
+        Returns
+        -------
+        calibrations
+            Calibration of each network, by name.
+        probabilities
+            Probabilities of the test examples by name of the lens finder, and
+            by how they were made.
+        """
+        splits, labels = np.asarray(rows["split"]), np.asarray(rows["label"])
+        test = splits == "test"
+        # Older tables have no examples for it.
+        fit = splits == ("calibration" if (splits == "calibration").any() else "validation")
+        fitted: dict[str, ScoreCalibration] = {}
+        for finder in finders:
+            try:
+                fitted[finder.name] = ScoreCalibration.from_scores(rows[finder.name][fit], labels[fit])
+            except ValueError as err:
+                self.log.warning("%s is not calibrated.  %s", finder.name, err)
+        groups = {finder.name: [finder] for finder in finders}
+        if len(finders) > 1:
+            groups[ENSEMBLE] = finders
+        probabilities: dict[str, dict[str, np.ndarray]] = {}
         n1, n0 = int(labels[test].sum()), int((~labels[test]).sum())
-        fit = fit_isotonic if self.config.calibration == "isotonic" else fit_platt
-        usable = not labels[validation].all() and labels[validation].any()
-        if not usable and scores:
-            self.log.warning("The validation examples are of one class or none; nothing is calibrated.")
-        for name, values in scores.items():
-            probabilities = {"_raw": expit(values[test])}
-            if usable:
-                calibrations[name] = fit(values[validation], labels[validation])
-                # Splits may differ in their share of lenses.
-                probabilities[""] = apply_calibration(
-                    calibrations[name], values[test], prevalence=labels[test].mean()
-                )
-            for suffix, p in probabilities.items():
+        for name, members in groups.items():
+            logits = np.array([rows[finder.name][test] for finder in members])
+            made = {"_raw": expit(logits.mean(axis=0))}
+            for suffix, calibrations in (
+                ("", [fitted.get(finder.name) for finder in members]),
+                ("_of_package", [find_calibration(finder.model) for finder in members]),
+            ):
+                if all(calibrations):
+                    # Splits may differ in their share of lenses.
+                    combined = combine_logits(logits, calibrations, prevalence=labels[test].mean())
+                    made[suffix] = combined.probability
+            for suffix, p in made.items():
                 for metric, compute in (
                     ("ece", compute_calibration_error),
                     ("brier", compute_brier_score),
                     ("log_loss", compute_log_loss),
                 ):
                     results.add(name, "all", f"{metric}{suffix}", compute(p, labels[test]), n1, n0)
-        return calibrations
+            titles = {"_raw": "score", "": "calibrated", "_of_package": "calibrated by the package"}
+            probabilities[name] = {titles[suffix]: p for suffix, p in made.items()}
+        return {name: calibration.to_dict() for name, calibration in fitted.items()}, probabilities
 
     def _describe_robustness(
         self,
-        results: _MetricTable,
+        results: MetricTable,
         changed: Table,
         finders: list[LensNetwork],
         thresholds: Mapping[str, float],
@@ -772,7 +687,7 @@ class EvaluateLensFinderTask(PipelineTask):
                 rms = float(np.sqrt(np.mean((after - before) ** 2)))
                 results.add(name, change, "score_change", rms, n1, n0)
 
-    def _probe(self, results: _MetricTable, probes: Table) -> None:
+    def _probe(self, results: MetricTable, probes: Table) -> None:
         """Add how well lenses are told from their hosts by simple means."""
         if not len(probes):
             return
@@ -800,7 +715,7 @@ class EvaluateLensFinderTask(PipelineTask):
         scores: Mapping[str, np.ndarray],
         best: str,
         threshold: float,
-        calibrations: Mapping[str, Mapping[str, Any]],
+        probabilities: Mapping[str, np.ndarray],
     ) -> dict[str, Any]:
         """Return the figures, by the names of the connections."""
         from .evaluation_plots import plot_completeness, plot_reliability, plot_roc, plot_score_histograms
@@ -812,12 +727,6 @@ class EvaluateLensFinderTask(PipelineTask):
         )
         is_network = best not in (COLORS, RING_FINDER)
         finite = np.isfinite(scores[best])
-        probabilities = {"score": expit(scores[best])} if is_network else {}
-        if best in calibrations:
-            label = f"calibrated ({self.config.calibration})"
-            probabilities[label] = apply_calibration(
-                calibrations[best], scores[best], prevalence=labels.mean()
-            )
         return {
             "roc": plot_roc(scores, labels, decisions=decisions, title="Test examples"),
             "completeness": plot_completeness(
@@ -833,322 +742,3 @@ class EvaluateLensFinderTask(PipelineTask):
                 title=best,
             ),
         }
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LensNetwork:
-    """A network that scores stamps which may be larger than it needs."""
-
-    name: str
-    """Name and version of the model package."""
-
-    model: ModelPackage
-    """The package."""
-
-    network: torch.nn.Module
-    """The network."""
-
-    @classmethod
-    def from_package(cls, model: ModelPackage) -> LensNetwork:
-        """Make from a model package.
-
-        Parameters
-        ----------
-        model
-            The package.
-        """
-        return cls(f"{model.name} {model.version}", model, model.make_network())
-
-    def prepare(self, cutouts: Cutouts) -> np.ndarray:
-        """Return inputs of the network, shape ``(N, bands, y, x)``.
-
-        Parameters
-        ----------
-        cutouts
-            Stamps, at least as large as those of the network.
-
-        Raises
-        ------
-        EvaluationError
-            Raised if the stamps are too small.
-        ModelPackageError
-            Raised if they lack a band.
-        """
-        settings = self.model.settings
-        self.model.check_bands(cutouts.bands)
-        stamps = cutouts.select_bands(settings.bands)
-        try:
-            if abs(settings.pixel_scale / stamps.pixel_scale - 1) > SCALE_TOLERANCE:
-                stamps = stamps.resample(settings.pixel_scale, settings.stamp_size)
-        except ValueError as err:
-            raise EvaluationError(f"{self.name}: {err}") from err
-        if stamps.size < settings.stamp_size:
-            raise EvaluationError(
-                f"{self.name} needs stamps of {settings.stamp_size} pixels; those of the examples have "
-                f"{stamps.size}.  Set stampSize of SimulateLensesTask."
-            )
-        return settings.preprocessing.apply(_crop(stamps, settings.stamp_size))
-
-    def score(self, cutouts: Cutouts, config: InferenceConfig, num_threads: int) -> np.ndarray:
-        """Return the logits of stamps, shape ``(N,)``.
-
-        Parameters
-        ----------
-        cutouts
-            Stamps, at least as large as those of the network.
-        config
-            How the network runs.
-        num_threads
-            Threads that may be used on a CPU.
-        """
-        return predict(self.network, self.prepare(cutouts), config, num_threads=num_threads)
-
-    def compute_features(self, cutouts: Cutouts, num_threads: int) -> np.ndarray | None:
-        """Return what the last dense layer sees, shape ``(N, F)``; `None` for
-        a network that has none.
-
-        Parameters
-        ----------
-        cutouts
-            Stamps, at least as large as those of the network.
-        num_threads
-            Threads that may be used.
-
-        Notes
-        -----
-        It runs in torch on the CPU, for other engines do not show what is
-        inside of a network.
-        """
-        import torch
-
-        layers = [module for module in self.network.modules() if isinstance(module, torch.nn.Linear)]
-        if not layers:
-            return None
-        seen = [np.empty((0, layers[-1].in_features), dtype=np.float32)]
-
-        def keep(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            seen.append(inputs[0].numpy().reshape(len(inputs[0]), -1))
-
-        hook = layers[-1].register_forward_pre_hook(keep)
-        try:
-            with torch_threads(num_threads), torch.inference_mode():
-                for batch in torch.from_numpy(self.prepare(cutouts)).split(32):
-                    self.network(batch)
-        finally:
-            hook.remove()
-        return np.concatenate(seen)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Measurements:
-    """What was measured on the stamps."""
-
-    rows: Table
-    """Truth and scores of every example."""
-
-    changed: Table
-    """Scores of some test examples under changes, ``<name>: <change>``."""
-
-    probes: Table
-    """Features of test lenses and of hosts without arcs."""
-
-    n_excluded: int
-    """Number of examples that were left out."""
-
-
-class _MetricTable:
-    """Rows of the metrics dataset."""
-
-    def __init__(self) -> None:
-        self._rows: list[dict[str, Any]] = []
-
-    def add(
-        self,
-        classifier: str,
-        subset: str,
-        metric: str,
-        value: Fraction | float,
-        n_positive: int,
-        n_negative: int,
-        *,
-        unit: str = "",
-        note: str = "",
-    ) -> None:
-        """Add a row.
-
-        Parameters
-        ----------
-        classifier
-            Name of the lens finder; empty if the row is of none.
-        subset
-            Which examples.
-        metric
-            Name of the figure of merit; it starts with one of those that have
-            a description.
-        value
-            The figure, with its interval if it has one.
-        n_positive, n_negative
-            Number of lenses and of other examples.
-        unit
-            Unit of the figure; empty if it has none.
-        note
-            Remark on the figure.
-        """
-        if not isinstance(value, Fraction):
-            value = Fraction(value, math.nan, math.nan, 0)
-        family = next(name for name in sorted(_DESCRIPTIONS, key=len)[::-1] if metric.startswith(name))
-        self._rows.append(
-            {
-                "classifier": classifier,
-                "subset": subset,
-                "metric": metric,
-                "value": value.value,
-                "low": value.low,
-                "high": value.high,
-                "unit": unit,
-                "n_positive": n_positive,
-                "n_negative": n_negative,
-                "description": _DESCRIPTIONS[family],
-                "note": note,
-            }
-        )
-
-    def add_error(
-        self,
-        classifier: str,
-        subset: str,
-        metric: str,
-        result: tuple[float, float],
-        n_positive: int,
-        n_negative: int,
-        *,
-        bounds: tuple[float, float] = (0.0, 1.0),
-        note: str = "",
-    ) -> None:
-        """Add a row from a value and its standard error.
-
-        Parameters
-        ----------
-        classifier, subset, metric
-            As for `add`.
-        result
-            Value and standard error; the error may be NaN.
-        n_positive, n_negative
-            As for `add`.
-        bounds
-            Smallest and largest value that the figure can have.
-        note
-            As for `add`.
-        """
-        value, error = result
-        low, high = (min(max(value + sign * 1.96 * error, bounds[0]), bounds[1]) for sign in (-1, 1))
-        if math.isnan(error):
-            low = high = math.nan
-        self.add(classifier, subset, metric, Fraction(value, low, high, 0), n_positive, n_negative, note=note)
-
-    def add_completeness(self, classifier: str, cells: CompletenessMap) -> None:
-        """Add the cells of a map that have lenses.
-
-        Parameters
-        ----------
-        classifier
-            Name of the lens finder.
-        cells
-            Map by Einstein radius and signal to noise of the arcs.
-        """
-        low, high = cells.interval
-        for row, column in zip(*np.nonzero(cells.n), strict=True):
-            (x0, x1), (y0, y1) = cells.x_edges[column : column + 2], cells.y_edges[row : row + 2]
-            n = int(cells.n[row, column])
-            value = Fraction(cells.value[row, column], low[row, column], high[row, column], n)
-            subset = f"{x0:g} <= einstein_radius < {x1:g}, {y0:g} <= arc_snr < {y1:g}"
-            self.add(classifier, subset, "completeness", value, n, 0)
-
-    def to_table(self) -> Table:
-        """Return the table."""
-        table = Table()
-        for name, (dtype, description) in METRIC_COLUMNS.items():
-            values = np.array([row[name] for row in self._rows], dtype=dtype)
-            table[name] = Column(values, description=description)
-        return table
-
-
-def summarize_metrics(metrics: Table, classifier: str) -> dict[str, dict[str, Any]]:
-    """Return the figures of merit of a lens finder as types that JSON has.
-
-    They can go into the record of its model package, under ``evaluation``.
-
-    Parameters
-    ----------
-    metrics
-        The table ``metrics`` of `EvaluateLensFinderTask`.
-    classifier
-        Name of the lens finder.
-
-    Returns
-    -------
-    figures
-        For each subset and metric ``value``, ``low``, ``high``,
-        ``n_positive`` and ``n_negative``; `None` for NaN.
-
-    Raises
-    ------
-    KeyError
-        Raised if there is no such lens finder.
-    """
-    figures: dict[str, dict[str, Any]] = {}
-    for row in metrics[metrics["classifier"] == classifier]:
-        numbers = {
-            name: float(row[name]) if math.isfinite(row[name]) else None for name in ("value", "low", "high")
-        }
-        counts = {name: int(row[name]) for name in ("n_positive", "n_negative")}
-        figures.setdefault(str(row["subset"]), {})[str(row["metric"])] = numbers | counts
-    if not figures:
-        known = sorted({str(name) for name in metrics["classifier"]} - {""})
-        raise KeyError(f"No lens finder {classifier!r} was evaluated; there are {known}.")
-    return figures
-
-
-def add_evaluation(
-    model: ModelPackage, metrics: Table, calibrations: Mapping[str, Mapping[str, Any]]
-) -> ModelPackage:
-    """Return a model package with its evaluation in its record.
-
-    Parameters
-    ----------
-    model
-        A model package that was evaluated.
-    metrics, calibrations
-        Outputs of `EvaluateLensFinderTask`.
-
-    Returns
-    -------
-    package
-        The record has the entries ``evaluation``, from `summarize_metrics`,
-        and ``calibration``, for `.calibration.apply_calibration`, if there is
-        one.
-
-    Raises
-    ------
-    KeyError
-        Raised if this model was not evaluated.
-    """
-    name = f"{model.name} {model.version}"
-    record = dict(model.record) | {"evaluation": summarize_metrics(metrics, name)}
-    if name in calibrations:
-        record["calibration"] = dict(calibrations[name])
-    return dataclasses.replace(model, record=record)
-
-
-def _crop(cutouts: Cutouts, size: int) -> Cutouts:
-    """Return the central pixels of stamps."""
-    start = (cutouts.size - size) // 2
-    crop = (..., slice(start, start + size), slice(start, start + size))
-    return dataclasses.replace(
-        cutouts, image=cutouts.image[crop], variance=cutouts.variance[crop], bad=cutouts.bad[crop]
-    )
-
-
-def _stack(tables: list[Table]) -> Table:
-    """Join tables, of which there may be none."""
-    return vstack(tables, metadata_conflicts="silent") if tables else Table()

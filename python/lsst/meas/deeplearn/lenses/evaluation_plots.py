@@ -34,8 +34,9 @@ import numpy as np
 
 from lsst.utils.plotting import make_figure
 
+from ..metrics import Fraction, compute_auroc, compute_operating_point, compute_roc
 from .calibration import compute_calibration_error, compute_reliability
-from .metrics import CompletenessMap, Fraction, compute_auroc, compute_operating_point, compute_roc
+from .completeness import CompletenessMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,8 +23,9 @@
 
 A machine takes part in the fusion of `lsst.meas.deeplearn.lenses.votes` by the
 likelihood ratio of its score (Holloway et al. 2024, arXiv:2311.07455), which
-multiplies the odds of a lens as a vote does.  For calibrated probabilities see
-`lsst.meas.deeplearn.lenses.calibration`.
+multiplies the odds of a lens as a vote does.  With the fraction of lenses
+among the objects at hand it is a calibrated probability; how good those are
+is measured by `lsst.meas.deeplearn.lenses.calibration`.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..cutouts import Cutouts
-from .metrics import fit_logistic
+from .logistic_regression import fit_logistic
 
 COLOR_SOFTENING = 100.0
 """Flux in nJy below which magnitudes are linear in flux."""

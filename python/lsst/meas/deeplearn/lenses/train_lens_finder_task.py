@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from astropy.table import Table
-from scipy.special import expit, logit
+from scipy.special import expit
 
 import lsst.pipe.base.connectionTypes as cT
 from lsst.pex.config import (
@@ -62,11 +62,13 @@ from lsst.pipe.base.connections import InputQuantizedConnection, OutputQuantized
 from .. import __version__
 from ..inference import InferenceConfig, torch_threads
 from ..inference import predict as predict_with_config
+from ..metrics import compute_auroc
 from ..model_package import ARCHITECTURES, MODEL_STORAGE_CLASS, ModelPackage, ModelSettings
 from ..preprocessing import Preprocessing
 from .calibration import compute_brier_score, compute_calibration_error
+from .completeness import describe_scores
+from .ensemble import combine_logits
 from .likelihood_ratio import ScoreCalibration
-from .metrics import compute_auroc, describe_scores
 from .training_set import TrainingSet, TrainingSetError, stretch
 
 if TYPE_CHECKING:
@@ -410,7 +412,8 @@ class TrainLensFinderTask(PipelineTask):
             scaled = torch.from_numpy(stretch(images.numpy(), settings.preprocessing))
             label = batch["label"]
             weight = 1 + label * (self.config.lensWeight - 1)
-            weight = weight * ((label == 0) | (batch["arc_snr"] >= config.minArcSnr * noise))
+            # Unknown signal to noise is NaN, for non-lenses too.
+            weight = weight * ~(batch["arc_snr"] < config.minArcSnr * noise)
             return {"image": scaled, "label": label, "weight": weight}
 
         def compute_loss(network: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -468,32 +471,28 @@ class TrainLensFinderTask(PipelineTask):
         scored = data[np.isin(data.split, ("calibration", "test"))]
         is_test = scored.split == "test"
         test = scored[is_test]
-        logits = [self._score(package, scored, num_cores) for package in packages]
-        entries = []
+        logits = np.array([self._score(package, scored, num_cores) for package in packages])
+        calibrations: list[ScoreCalibration | None] = []
+        entries: list[dict[str, Any]] = []
         for package, values in zip(packages, logits, strict=True):
-            figures = self._describe_performance(values[is_test], test)
-            entry: dict[str, Any] = {"performance": figures}
+            entries.append({})
             try:
                 calibration = ScoreCalibration.from_scores(values[~is_test], scored.label[~is_test])
             except ValueError as err:
                 self.log.warning("Model %s has no calibration.  %s", package.name, err)
+                calibrations.append(None)
             else:
-                entry["calibration"] = calibration.to_dict()
-                ratios = calibration.compute_log_ratio(values[is_test])
-                figures["calibrated"] = _describe_probabilities(ratios, test.label)
-            self.log.info("%s on the test examples: %s.", package.name, figures["summary"])
-            entries.append(entry)
+                entries[-1]["calibration"] = calibration.to_dict()
+                calibrations.append(calibration)
+        for k, (package, entry) in enumerate(zip(packages, entries, strict=True)):
+            one = slice(k, k + 1)
+            entry["performance"] = self._describe_performance(logits[one, is_test], calibrations[one], test)
+            self.log.info("%s on the test examples: %s.", package.name, entry["performance"]["summary"])
         if len(packages) > 1:
-            mean = self._describe_performance(np.mean(logits, axis=0)[is_test], test)
-            if all("calibration" in entry for entry in entries):
-                member_ratios = [
-                    ScoreCalibration.from_dict(entry["calibration"]).compute_log_ratio(values[is_test])
-                    for entry, values in zip(entries, logits, strict=True)
-                ]
-                mean["calibrated"] = _describe_probabilities(np.mean(member_ratios, axis=0), test.label)
-            self.log.info("The mean of %d on the test examples: %s.", len(packages), mean["summary"])
+            together = self._describe_performance(logits[:, is_test], calibrations, test)
+            self.log.info("All together: %s.", together["summary"])
             for entry in entries:
-                entry["ensemble_performance"] = mean
+                entry["ensemble_performance"] = together
         return entries
 
     def _score(self, package: ModelPackage, data: TrainingSet, num_cores: int) -> np.ndarray:
@@ -505,11 +504,20 @@ class TrainLensFinderTask(PipelineTask):
             package.make_network(), inputs, self.config.inference, num_threads=num_cores
         )
 
-    def _describe_performance(self, logits: np.ndarray, test: TrainingSet) -> dict[str, Any]:
-        """Return figures of merit of scores of the test examples."""
+    def _describe_performance(
+        self, member_logits: np.ndarray, calibrations: list[ScoreCalibration | None], test: TrainingSet
+    ) -> dict[str, Any]:
+        """Return figures of merit of the mean of some members."""
+        logits = member_logits.mean(axis=0)
         figures = describe_scores(
             logits, test.label, einstein_radius=test.einstein_radius, arc_snr=test.arc_snr
         )
+        if all(calibrations):
+            combined = combine_logits(member_logits, calibrations, prevalence=test.label.mean())
+            figures["calibrated"] = {
+                "ece": compute_calibration_error(combined.probability, test.label),
+                "brier": compute_brier_score(combined.probability, test.label),
+            }
         figures["orientations"] = self.config.inference.averageOrientations
         figures["precision"] = self.config.inference.precision
         threshold = np.quantile(logits[~test.label], 0.99)
@@ -529,7 +537,7 @@ class TrainLensFinderTask(PipelineTask):
 
 
 def summarize(figures: Mapping[str, Any]) -> str:
-    """Return the figures of merit of `.metrics.describe_scores` in words.
+    """Return the figures of merit of `.completeness.describe_scores` in words.
 
     Parameters
     ----------
@@ -559,15 +567,6 @@ def make_network(architecture: str, settings: ModelSettings) -> torch.nn.Module:
         in_bands=len(settings.bands), **settings.network
     )
     return network
-
-
-def _describe_probabilities(log_ratios: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return how well log likelihood ratios become probabilities."""
-    probabilities = expit(log_ratios + logit(labels.mean()))
-    return {
-        "ece": compute_calibration_error(probabilities, labels),
-        "brier": compute_brier_score(probabilities, labels),
-    }
 
 
 def _round(values: np.ndarray, bits: int) -> np.ndarray:

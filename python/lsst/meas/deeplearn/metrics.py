@@ -21,7 +21,7 @@
 
 """Figures of merit of a classifier, with their errors.
 
-Scores are numbers of any scale, higher for what looks more like a lens;
+Scores are numbers of any scale, higher for what looks more like a positive;
 labels say what is one.  Nothing here knows images, networks or files.
 Intervals have the confidence level `CONFIDENCE`.
 """
@@ -29,37 +29,25 @@ Intervals have the confidence level `CONFIDENCE`.
 from __future__ import annotations
 
 __all__ = (
-    "CompletenessMap",
     "Fraction",
-    "LogisticModel",
     "OperatingPoint",
     "RocCurve",
-    "SkyYield",
     "check_classes",
     "check_scores",
     "compute_auroc",
     "compute_auroc_difference",
     "compute_auroc_interval",
-    "compute_completeness_map",
     "compute_operating_point",
-    "compute_probe_auroc",
     "compute_roc",
-    "compute_sky_yield",
     "compute_tpr_at_fpr",
     "compute_wilson_interval",
     "describe_fpr_limit",
-    "describe_scores",
-    "fit_logistic",
 )
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import expit, log_expit
 from scipy.stats import norm, rankdata
 
 CONFIDENCE = 0.95
@@ -70,14 +58,6 @@ N_BOOTSTRAP = 4000
 
 FPR_PRECISION = 0.1
 """Relative error of a false-positive rate that counts as well measured."""
-
-LENS_DENSITY = 2.1
-"""Lenses per square degree that LSST can find in its best single exposures
-(Collett 2015, ApJ 811, 20, with LensPop)."""
-
-CANDIDATE_DENSITY = 1e4
-"""Galaxies per square degree that a lens finder looks at, of the order of
-those bright enough to be lenses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -471,342 +451,6 @@ def describe_fpr_limit(fpr: float, n_negative: int) -> str:
     if fpr * n_negative < 1:
         return f"{text}, less than one of which is a false positive: this is the rate at none."
     return f"{text}, which give it to {1 / math.sqrt(fpr * n_negative):.0%}."
-
-
-@dataclasses.dataclass(frozen=True)
-class SkyYield:
-    """What a search finds on a square degree of the sky."""
-
-    precision: Fraction
-    """Fraction of lenses among what is found; ``n`` is that of the
-    true-positive rate."""
-
-    lenses: float
-    """Lenses found per square degree."""
-
-    contaminants: Fraction
-    """Others found per square degree; ``n`` is the number of negatives."""
-
-
-def compute_sky_yield(
-    tpr: Fraction,
-    fpr: Fraction,
-    *,
-    lens_density: float = LENS_DENSITY,
-    candidate_density: float = CANDIDATE_DENSITY,
-) -> SkyYield:
-    r"""Return precision and contaminants at the prevalence of the sky.
-
-    With densities :math:`\rho_l` of lenses and :math:`\rho` of all objects
-    that are looked at, the precision is
-
-    .. math:: \frac{t \rho_l}{t \rho_l + f (\rho - \rho_l)}
-
-    for rates t and f of true and false positives.
-
-    Parameters
-    ----------
-    tpr, fpr
-        The rates.
-    lens_density
-        Lenses that are looked at, per square degree.
-    candidate_density
-        All objects that are looked at, per square degree.
-
-    Returns
-    -------
-    found
-        The interval of the precision takes both rates at their worse and
-        their better end.
-
-    Raises
-    ------
-    ValueError
-        Raised if there are more lenses than objects.
-    """
-    if not 0 < lens_density <= candidate_density:
-        raise ValueError(
-            f"There cannot be {lens_density:g} lenses among {candidate_density:g} objects of a square degree."
-        )
-    others = candidate_density - lens_density
-
-    def precision(t: float, f: float) -> float:
-        found = t * lens_density + f * others
-        return t * lens_density / found if found > 0 else math.nan
-
-    return SkyYield(
-        precision=Fraction(
-            precision(tpr.value, fpr.value),
-            precision(tpr.low, fpr.high),
-            precision(tpr.high, fpr.low),
-            tpr.n,
-        ),
-        lenses=tpr.value * lens_density,
-        contaminants=Fraction(fpr.value * others, fpr.low * others, fpr.high * others, fpr.n),
-    )
-
-
-# Completeness
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class CompletenessMap:
-    """Fraction of lenses that are found, by two of their properties.
-
-    Cells hold their lower edges but not their upper ones.
-    """
-
-    x_edges: np.ndarray
-    """Edges of the cells in the first property, shape ``(X + 1,)``."""
-
-    y_edges: np.ndarray
-    """Edges of the cells in the second property, shape ``(Y + 1,)``."""
-
-    n_found: np.ndarray
-    """Number found, shape ``(Y, X)``."""
-
-    n: np.ndarray
-    """Number of lenses, shape ``(Y, X)``."""
-
-    @property
-    def value(self) -> np.ndarray:
-        """Fraction found, shape ``(Y, X)``; NaN without lenses."""
-        return self.n_found / np.where(self.n > 0, self.n, np.nan)
-
-    @property
-    def interval(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ends of the intervals of Wilson, each of shape ``(Y, X)``."""
-        return compute_wilson_interval(self.n_found, self.n)
-
-
-def compute_completeness_map(
-    found: np.ndarray,
-    x: np.ndarray,
-    y: np.ndarray,
-    *,
-    x_edges: Sequence[float] | np.ndarray,
-    y_edges: Sequence[float] | np.ndarray,
-) -> CompletenessMap:
-    """Return the completeness in cells of two properties of lenses.
-
-    Parameters
-    ----------
-    found
-        Whether each lens is found, shape ``(N,)``.
-    x, y
-        Properties, such as the Einstein radius in arcsec and the signal to
-        noise of the arcs, shape ``(N,)``.  Lenses outside all cells, or with
-        NaN, do not count.
-    x_edges, y_edges
-        Edges of the cells, ascending.
-
-    Raises
-    ------
-    ValueError
-        Raised if edges do not ascend.
-    """
-    edges = [np.asarray(values, dtype=np.float64) for values in (x_edges, y_edges)]
-    if any(len(values) < 2 or (np.diff(values) <= 0).any() for values in edges):
-        raise ValueError("The edges of cells must be at least two, and ascend.")
-    columns, rows = (
-        np.searchsorted(edge, np.asarray(values, dtype=np.float64), side="right") - 1
-        for edge, values in zip(edges, (x, y), strict=True)
-    )
-    shape = (len(edges[1]) - 1, len(edges[0]) - 1)
-    # NaN sorts behind the last edge.
-    inside = (columns >= 0) & (columns < shape[1]) & (rows >= 0) & (rows < shape[0])
-    cells = rows[inside] * shape[1] + columns[inside]
-    size = math.prod(shape)
-    n = np.bincount(cells, minlength=size).reshape(shape)
-    n_found = np.bincount(cells[np.asarray(found, dtype=bool)[inside]], minlength=size).reshape(shape)
-    return CompletenessMap(x_edges=edges[0], y_edges=edges[1], n_found=n_found, n=n)
-
-
-# Logistic regression, for baselines and probes
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LogisticModel:
-    """A logistic regression."""
-
-    mean: np.ndarray
-    """Values subtracted from the features, shape ``(F,)``."""
-
-    scale: np.ndarray
-    """Values that divide them then, shape ``(F,)``."""
-
-    weights: np.ndarray
-    """Weights of the scaled features, shape ``(F,)``."""
-
-    intercept: float
-    """What is added to their sum."""
-
-    def predict(self, features: np.ndarray) -> np.ndarray:
-        """Return the logits of examples, shape ``(N,)``.
-
-        Parameters
-        ----------
-        features
-            Shape ``(N, F)``.
-        """
-        return np.asarray(((features - self.mean) / self.scale) @ self.weights + self.intercept)
-
-
-def fit_logistic(features: np.ndarray, labels: np.ndarray, *, penalty: float = 1e-3) -> LogisticModel:
-    r"""Fit a logistic regression to scaled features.
-
-    The mean negative log-likelihood, with both classes of equal weight, plus
-    :math:`\lambda |w|^2 / 2` is smallest; features are scaled to zero mean
-    and unit variance first.
-
-    Parameters
-    ----------
-    features
-        Shape ``(N, F)``.
-    labels
-        Whether an example is positive, shape ``(N,)``.
-    penalty
-        The :math:`\lambda` of ridge regression.
-
-    Raises
-    ------
-    ValueError
-        Raised if features are not finite or a class is empty.
-    """
-    features, labels = np.asarray(features, dtype=np.float64), np.asarray(labels, dtype=bool)
-    n1, n0 = check_classes(labels)
-    if not np.isfinite(features).all():
-        raise ValueError("Features must be finite.")
-    mean, scale = features.mean(axis=0), features.std(axis=0)
-    scale = np.where(scale > 0, scale, 1.0)
-    x = (features - mean) / scale
-    share = np.where(labels, 0.5 / n1, 0.5 / n0)
-
-    def compute_loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        weights, intercept = parameters[:-1], parameters[-1]
-        z = x @ weights + intercept
-        residual = share * (expit(z) - labels)
-        loss = -(share * log_expit(np.where(labels, z, -z))).sum() + penalty / 2 * (weights @ weights)
-        return loss, np.append(residual @ x + penalty * weights, residual.sum())
-
-    start = np.zeros(x.shape[1] + 1)
-    best = minimize(compute_loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x
-    return LogisticModel(mean=mean, scale=scale, weights=best[:-1], intercept=float(best[-1]))
-
-
-def compute_probe_auroc(
-    features: np.ndarray,
-    labels: np.ndarray,
-    *,
-    groups: np.ndarray | None = None,
-    n_folds: int = 5,
-    penalty: float = 1e-2,
-    seed: int = 1,
-) -> tuple[float, float]:
-    """Return how well a linear classifier tells two samples apart.
-
-    A logistic regression is fitted to all folds but one and tried on that
-    one, in turn.  0.5 means that nothing linear in the features does.
-
-    Parameters
-    ----------
-    features
-        Shape ``(N, F)``.
-    labels
-        Which sample each example is of, shape ``(N,)``.
-    groups
-        Examples of the same group go into the same fold, such as stamps of
-        the same galaxy; shape ``(N,)``.  None are by default.
-    n_folds
-        Number of folds; less if there are less groups.
-    penalty
-        Of `fit_logistic`.
-    seed
-        Seed of the folds.
-
-    Returns
-    -------
-    auroc, error
-        Mean over the folds and its standard error, the larger of what those
-        of the folds and the scatter between them say.  NaN if no fold has
-        both samples on either side.
-
-    Raises
-    ------
-    ValueError
-        Raised if features are not finite.
-    """
-    features, labels = np.asarray(features, dtype=np.float64), np.asarray(labels, dtype=bool)
-    _, group = np.unique(np.arange(len(labels)) if groups is None else groups, return_inverse=True)
-    n_groups = int(group.max(initial=-1)) + 1
-    n_folds = min(n_folds, n_groups)
-    fold = (np.random.default_rng(seed).permutation(n_groups) % max(n_folds, 1))[group]
-    areas, errors = [], []
-    for k in range(n_folds):
-        train, test = fold != k, fold == k
-        if any(labels[part].all() or not labels[part].any() for part in (train, test)):
-            continue
-        model = fit_logistic(features[train], labels[train], penalty=penalty)
-        area, error = compute_auroc(model.predict(features[test]), labels[test])
-        areas.append(area)
-        errors.append(error)
-    if not areas:
-        return math.nan, math.nan
-    error = math.sqrt(np.sum(np.square(errors))) / len(errors)
-    # Examples of one group are not independent.
-    scatter = float(np.std(areas, ddof=1)) / math.sqrt(len(areas)) if len(areas) > 1 else 0.0
-    return float(np.mean(areas)), max(error, scatter)
-
-
-# The summary of the training
-
-
-def describe_scores(
-    scores: np.ndarray,
-    labels: np.ndarray,
-    *,
-    einstein_radius: np.ndarray,
-    arc_snr: np.ndarray,
-    fprs: Sequence[float] = (1e-2, 1e-3),
-) -> dict[str, Any]:
-    """Return the figures of merit of a lens finder, as types JSON has.
-
-    Parameters
-    ----------
-    scores
-        Scores, shape ``(N,)``.
-    labels
-        Whether an example is a lens, shape ``(N,)``.
-    einstein_radius
-        Einstein radius in arcsec of the lenses, shape ``(N,)``.
-    arc_snr
-        Signal to noise of the arcs, shape ``(N,)``.
-    fprs
-        False-positive rates.
-
-    Returns
-    -------
-    figures
-        ``n_lenses``, ``n_non_lenses``, ``auroc`` with its standard error,
-        and for each rate the true-positive rate with its interval of 95 per
-        cent: of all lenses, and of the clear ones, with an Einstein radius
-        above 1 arcsec and arcs of signal to noise above 20.
-    """
-    labels = np.asarray(labels, dtype=bool)
-    clear = ~labels | ((np.asarray(einstein_radius) > 1.0) & (np.asarray(arc_snr) > 20.0))
-    figures: dict[str, Any] = {}
-    for name, chosen in (("all", np.ones_like(clear)), ("clear", clear)):
-        auroc, error = compute_auroc(scores[chosen], labels[chosen])
-        figures[name] = {
-            "n_lenses": int(labels[chosen].sum()),
-            "n_non_lenses": int((~labels[chosen]).sum()),
-            "auroc": auroc,
-            "auroc_error": error,
-        }
-        for fpr in fprs:
-            tpr = compute_tpr_at_fpr(scores[chosen], labels[chosen], fpr)
-            figures[name][f"tpr_at_fpr_{fpr:g}"] = [tpr.value, tpr.low, tpr.high]
-    return figures
 
 
 def check_scores(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
