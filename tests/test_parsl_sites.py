@@ -194,7 +194,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start_bps(folder: Path, *command: str, path: str = "") -> subprocess.Popen[bytes]:
     """Start bps in a folder, in an environment like an activated one."""
-    environment = dict(os.environ, USER="me", LOGNAME="me")
+    environment = dict(os.environ, USER="me", LOGNAME="me", PWD=str(folder))
     programs = Path(sys.executable).parent
     environment["PATH"] = f"{path}{programs}{os.pathsep}{environment['PATH']}"
     with open(folder / "bps.log", "ab") as log:
