@@ -185,9 +185,9 @@ def test_submissions_are_complete(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a repository of four small patches and a model."""
+    """Return a repository of six small patches and a model."""
     root = tmp_path_factory.mktemp("repository") / "repo"
-    butler = make_test_repository(root, n_patches=(2, 2), n_sources=60)
+    butler = make_test_repository(root, n_patches=(2, 3), n_sources=80)
     ingest_model(butler, make_test_model(), run="models/deeplens/v1", dataset_type="deeplens_model")
     return root
 
@@ -234,7 +234,7 @@ def test_killed_worker_and_restart(repository: Path, tmp_path: Path) -> None:
     config = f"""
         includeConfigs: {BPS}/laptop.yaml
         site: {{laptop: {{gpus: 2, retries: 0}}}}
-        cluster: {{scorePatches: {{partitionMaxSize: 2}}}}
+        cluster: {{scorePatches: {{partitionMaxSize: 3}}}}
     """
     submission = start_submission(tmp_path, repository, config, "lenses/killed")
     victim = None
@@ -248,10 +248,10 @@ def test_killed_worker_and_restart(repository: Path, tmp_path: Path) -> None:
     device = _read_device(victim)
     job = next(
         process
-        for process in psutil.process_iter()
-        if "run-qbb" in (command := process.cmdline())
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if "run-qbb" in (command := process.info["cmdline"] or [])
         and any(str(tmp_path) in word for word in command)
-        and process.environ()["CUDA_VISIBLE_DEVICES"] == device
+        and process.info["environ"]["CUDA_VISIBLE_DEVICES"] == device
     )
     job.parent().send_signal(signal.SIGKILL)
     assert submission.wait() == 0
@@ -261,14 +261,14 @@ def test_killed_worker_and_restart(repository: Path, tmp_path: Path) -> None:
     jobs = sorted(folder.glob("logs/scorePatches/0/*.stderr"))
     assert {_read_device(log) for log in jobs} == {"0", "1"}
     before = get_files(repository, "lens_candidates", "lenses/killed")
-    assert len(before) == 3
+    assert 0 < len(before) < 6
     assert not get_files(repository, "lens_candidates_ranked", "lenses/killed")
 
     service = "lsst.ctrl.bps.parsl.ParslService"
     restart = start_bps(tmp_path, "restart", "--wms-service-class", service, "--id", str(folder))
     assert restart.wait() == 0
     after = get_files(repository, "lens_candidates", "lenses/killed")
-    assert set(after) == {0, 1, 2, 3}
+    assert set(after) == set(range(6))
     assert before.items() <= after.items()
     assert get_files(repository, "lens_candidates_ranked", "lenses/killed")
     assert {log.read_text().count("Job on") for log in jobs} == {2, 4}, "Only the lost job has run again."
@@ -291,13 +291,13 @@ def test_slurm_jobs(repository: Path, tmp_path: Path) -> None:
     config = f"""
         includeConfigs: {BPS}/slurm_gpu.yaml
         site: {{slurm: {{gpus: 2, partition: cpus, gpu: {{partition: gpus}}}}}}
-        cluster: {{scorePatches: {{partitionMaxSize: 2, extraRunQuantumOptions: ""}}}}
+        cluster: {{scorePatches: {{partitionMaxSize: 3, extraRunQuantumOptions: ""}}}}
     """
     submission = start_submission(
         tmp_path, repository, config, "lenses/slurm", path=f"{tmp_path}{os.pathsep}"
     )
     assert submission.wait() == 0
-    assert set(get_files(repository, "lens_candidates", "lenses/slurm")) == {0, 1, 2, 3}
+    assert set(get_files(repository, "lens_candidates", "lenses/slurm")) == set(range(6))
     assert get_files(repository, "lens_candidates_ranked", "lenses/slurm")
     jobs = tmp_path.glob("submit/lenses/slurm/*/logs/scorePatches/0/*.stderr")
     assert {_read_device(log) for log in jobs} == {"0", "1"}

@@ -1,0 +1,2 @@
+# Stamps of 9 arcsec.
+config.stampSize = 35

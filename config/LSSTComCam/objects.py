@@ -1,0 +1,3 @@
+# The primary objects of a tract.
+config.connections.objects = "object"
+config.objectDimensions = "tract"
