@@ -238,6 +238,37 @@ def test_stamps_of_a_survey(survey: str) -> None:
     assert simulated == config.stampSize + 10
 
 
+def test_survey_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe of the documents for another survey works."""
+    monkeypatch.setenv("MY_SURVEY_DIR", str(tmp_path))
+    (tmp_path / "coadds.py").write_text(
+        "config.connections.coadds = 'stack'\nconfig.coaddStorageClass = 'MaskedImageV2'\n"
+    )
+    (tmp_path / "objects.py").write_text(
+        "config.connections.objects = 'sources'\nconfig.objectDimensions = 'patch'\nconfig.idColumn = 'id'\n"
+    )
+    (tmp_path / "find_lenses.yaml").write_text(
+        """
+        description: Find strong lenses in MySurvey.
+        imports:
+          - location: $MEAS_DEEPLEARN_DIR/pipelines/find_lenses.yaml
+        tasks:
+          lensFinder:
+            class: lsst.meas.deeplearn.lenses.lens_finder_task.LensFinderTask
+            config:
+              - file: $MY_SURVEY_DIR/coadds.py
+              - file: $MY_SURVEY_DIR/objects.py
+              - selection: ["extendedness > 0.5", "mag(i_flux) < 23"]
+        """
+    )
+    task = Pipeline.from_uri(str(tmp_path / "find_lenses.yaml")).to_graph().tasks["lensFinder"]
+    assert task.inputs["coadds"].parent_dataset_type_name == "stack"
+    assert task.inputs["coadds"].storage_class_name == "MaskedImageV2"
+    assert task.inputs["objects"].parent_dataset_type_name == "sources"
+    assert task.inputs["objects"].raw_dimensions == PATCH
+    assert list(task.config.selection) == ["extendedness > 0.5", "mag(i_flux) < 23"]
+
+
 @pytest.mark.parametrize(
     ("survey", "options"),
     [
