@@ -27,8 +27,9 @@ import galsim
 import numpy as np
 import pytest
 
-from lsst.meas.deeplearn.shear.metacal import MOMENTS, Metacalibration, compute_target_fwhm
-from lsst.meas.deeplearn.shear.shapes import STEPS, Shapes
+from lsst.meas.deeplearn.shear.metacal import DERIVATIVES, Metacalibration, compute_target_fwhm
+from lsst.meas.deeplearn.shear.shapes import N_MOMENTS, STEPS, Shapes
+from lsst.meas.deeplearn.shear.simulation import correlate_noise
 
 SCALE, SIZE, TARGET_FWHM, WEIGHT_FWHM, STEP = 0.2, 63, 0.85, 1.2, 0.01
 PSF = galsim.Moffat(beta=2.5, fwhm=0.7).shear(g1=0.02, g2=-0.02)
@@ -68,24 +69,31 @@ def make_stamps(n: int, psf: galsim.GSObject = PSF, seed: int = 1) -> np.ndarray
     return np.array(stamps)
 
 
-def measure_by_galsim(stamp: np.ndarray, psf: np.ndarray) -> np.ndarray:
-    """Deconvolve, shear and reconvolve an image, and sum its pixels."""
+def measure_by_galsim(stamp: np.ndarray, psf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Deconvolve, shear and reconvolve an image, and measure its pixels with
+    a weight that follows the centroid; return ellipticities and sizes.
+    """
     image, star = (
         galsim.InterpolatedImage(galsim.Image(array, scale=SCALE), x_interpolant="lanczos15")
         for array in (stamp, psf)
     )
     deconvolved = galsim.Convolve(image, galsim.Deconvolve(star))
     axis = (np.arange(SIZE) - SIZE // 2) * SCALE
-    x, y = np.meshgrid(axis, axis)
-    weight = np.exp(-0.5 * (x**2 + y**2) / (WEIGHT_FWHM / 2.3548200450309493) ** 2)
-    moments, third = [], []
+    var, target_var = (np.array([WEIGHT_FWHM, TARGET_FWHM]) / 2.3548200450309493) ** 2
+    e, size = [], []
     for name in STEPS:
         sheared = deconvolved.shear(g1=SHEARS[name][0], g2=SHEARS[name][1])
-        weighted = weight * draw(galsim.Convolve(sheared, galsim.Gaussian(fwhm=TARGET_FWHM)))
-        moments += [(weighted * q).sum() for q in (1, x, y, x**2 - y**2, 2 * x * y, x**2 + y**2)]
-        if name == "ns":
-            third = [(weighted * q).sum() for q in (x**3, x**2 * y, x * y**2, y**3)]
-    return np.array(moments + third)
+        pixels = draw(galsim.Convolve(sheared, galsim.Gaussian(fwhm=TARGET_FWHM)))
+        center = np.zeros(2)
+        for _ in range(30):
+            x, y = np.meshgrid(axis - center[0], axis - center[1])
+            weighted = pixels * np.exp(-0.5 * (x**2 + y**2) / var)
+            flux = weighted.sum()
+            center += 2 * np.array([(weighted * x).sum(), (weighted * y).sum()]) / flux
+        plus, cross = (weighted * (x**2 - y**2)).sum(), (weighted * 2 * x * y).sum()
+        e.append([plus / flux / var, cross / flux / var])
+        size.append((weighted * (x**2 + y**2)).sum() / flux * (1 / var + 1 / target_var) / 2)
+    return np.array(e), np.array(size)
 
 
 def compute_response(shapes: Shapes) -> np.ndarray:
@@ -97,21 +105,17 @@ def compute_response(shapes: Shapes) -> np.ndarray:
 
 def test_agrees_with_galsim() -> None:
     """Ellipticities are those of an independent metacalibration to 1e-5, and
-    the moments those of the images that GalSim draws.
+    so are sizes and responses within the accuracy of pixels.
     """
     stamps, psf = make_stamps(6), draw(PSF)
     engine = make_metacalibration()
-    moments, _ = engine.compute_moments(stamps, psf)
-    expected = np.array([measure_by_galsim(stamp, psf) for stamp in stamps])
-    assert moments.shape == (6, 34)
-    np.testing.assert_allclose(moments, expected, atol=3e-5 * expected[:, 0].max())
-    found, wanted = (
-        engine.compute_shapes(moments, np.zeros(12)),
-        engine.compute_shapes(expected, np.zeros(12)),
-    )
-    np.testing.assert_allclose(found.e, wanted.e, atol=1e-5)
-    np.testing.assert_allclose(found.size, wanted.size, atol=1e-4)
-    np.testing.assert_allclose(compute_response(found), compute_response(wanted), atol=2e-3)
+    assert engine.compute_moments(stamps, psf)[0].shape == (6, N_MOMENTS) == (6, len(DERIVATIVES))
+    found = engine.measure(stamps, psf)
+    e, size = (np.array(parts) for parts in zip(*(measure_by_galsim(s, psf) for s in stamps), strict=True))
+    np.testing.assert_allclose(found.e, e, atol=1e-5)
+    np.testing.assert_allclose(found.size, size, atol=1e-4)
+    response = np.swapaxes(e[:, [1, 3]] - e[:, [2, 4]], 1, 2) / (2 * STEP)
+    np.testing.assert_allclose(compute_response(found), response, atol=1e-3)
 
 
 def test_psf_of_each_agrees_with_galsim() -> None:
@@ -127,8 +131,7 @@ def test_psf_of_each_agrees_with_galsim() -> None:
     engine = make_metacalibration()
     found = engine.measure(stamps, psfs)
     for k, psf in enumerate(psfs):
-        wanted = engine.compute_shapes(measure_by_galsim(stamps[k], psf)[None], np.zeros(12))
-        np.testing.assert_allclose(found.e[k], wanted.e[0], atol=1e-5)
+        np.testing.assert_allclose(found.e[k], measure_by_galsim(stamps[k], psf)[0], atol=1e-5)
         np.testing.assert_allclose(found.e[k], engine.measure(stamps[k : k + 1], psf).e[0], atol=1e-10)
 
 
@@ -136,19 +139,26 @@ def test_round_object() -> None:
     """A star is round, of the size of a star, and where it is."""
     engine = make_metacalibration()
     moments, _ = engine.compute_moments(draw(PSF.shift(0.03, -0.05))[None], draw(PSF))
-    shapes = engine.compute_shapes(moments, np.zeros(12))
+    shapes = engine.compute_shapes(moments, 0.0)
     np.testing.assert_allclose(shapes.e, 0.0, atol=2e-4)
     np.testing.assert_allclose(shapes.size[:, 0], 1.0, atol=1e-3)
-    assert moments[0, MOMENTS.index("x")] > 0 > moments[0, MOMENTS.index("y")]
+    assert moments[0, DERIVATIVES.index((1, 0))] > 0 > moments[0, DERIVATIVES.index((0, 1))]
 
 
-def test_gaussian_is_exact_off_the_centre() -> None:
-    """For a Gaussian object the position in the stamp does not matter."""
-    psf = galsim.Gaussian(fwhm=0.7)
-    galaxy = galsim.Convolve(galsim.Gaussian(fwhm=0.6).shear(g1=0.2, g2=0.1), psf)
-    stamps = np.stack([draw(galaxy.shift(dx, dy)) for dx, dy in ((0.0, 0.0), (0.1, 0.0), (-0.1, 0.07))])
-    shapes = make_metacalibration().measure(stamps, draw(psf))
-    np.testing.assert_allclose(shapes.e[1:], shapes.e[:1].repeat(2, axis=0), atol=1e-6)
+@pytest.mark.parametrize("each", [False, True], ids=["one PSF", "PSF of each"])
+def test_place_in_the_stamp_does_not_matter(each: bool) -> None:
+    """Shapes of lumpy galaxies stay as they are when they move by most of a
+    pixel, and so do their responses.
+    """
+    knots = [galsim.Gaussian(sigma=0.05, flux=0.2).shift(0.4, 0.1), galsim.Gaussian(sigma=0.05, flux=0.1)]
+    galaxy = galsim.Add(galsim.Exponential(half_light_radius=0.4).shear(g1=0.2, g2=0.1), *knots)
+    places = [(0.0, 0.0), (0.1, 0.0), (-0.1, 0.07), (0.05, -0.1)]
+    stamps = np.stack([draw(galsim.Convolve(galaxy.shift(*place), PSF)) for place in places])
+    psf = np.repeat(draw(PSF)[None], 4, axis=0) if each else draw(PSF)
+    shapes = make_metacalibration().measure(stamps, psf)
+    np.testing.assert_allclose(shapes.e[1:], shapes.e[:1].repeat(3, axis=0), atol=2e-5)
+    response = compute_response(shapes)
+    np.testing.assert_allclose(response[1:], response[:1].repeat(3, axis=0), atol=1e-3)
 
 
 def test_float32_and_batches_make_no_difference() -> None:
@@ -194,37 +204,41 @@ def test_fixnoise_is_turned(each: bool) -> None:
     there, plain = (
         engine._compute_moments(tensor, psfs, turned=turned)[0].numpy() for turned in (True, False)
     )
-    np.testing.assert_allclose(there[:, 30:], plain[:, 30:], atol=1e-12)
-    # A shear of the turned frame is the opposite shear of this one.
-    there, plain = (moments[:, :30].reshape(3, 5, 6) for moments in (there, plain))
-    np.testing.assert_allclose(there, plain[:, [0, 2, 1, 4, 3]], atol=1e-12)
+    np.testing.assert_allclose(there, plain, atol=1e-9)
+    # A shear of the turned frame is the opposite shear of this one: noise
+    # that is added to itself does not respond.
+    bright = engine.compute_moments(make_stamps(3, galsim.Gaussian(fwhm=0.7)), psfs)[0]
+    twice = engine.compute_shapes(np.concatenate([bright, 1e3 * plain], axis=1), 0.0)
+    once = engine.compute_shapes(bright + 1e3 * plain, 0.0)
+    np.testing.assert_allclose(twice.e[:, 0], once.e[:, 0], atol=1e-9)
 
 
 @pytest.mark.parametrize("fixnoise", [False, True])
-def test_moment_covariance(fixnoise: bool) -> None:
+@pytest.mark.parametrize("white", [True, False])
+def test_moment_covariance(fixnoise: bool, white: bool) -> None:
     """The moments of noisy stamps scatter as predicted, and as drawn."""
     rng = np.random.default_rng(3)
-    noise_stamps = rng.standard_normal((2, 4000, SIZE, SIZE), dtype=np.float32)
-    engine, psf = make_metacalibration(), draw(PSF)
-    moments, covariances = engine.compute_moments(noise_stamps[0], psf)
+    noise = rng.standard_normal((2, 4000, SIZE + 1, SIZE + 1), dtype=np.float32)
+    correlation = None if white else np.array([[0.0, 0.2, 0.1], [0.25, 1.0, 0.25], [0.1, 0.2, 0.0]])
+    if correlation is not None:
+        noise = correlate_noise(noise, correlation)
+    noise = np.ascontiguousarray(noise[:, :, :SIZE, :SIZE])
+    engine, psf = make_metacalibration(noise_correlation=correlation), draw(PSF)
+    moments, variance = engine.compute_moments(noise[0], psf)
     if fixnoise:
-        moments += engine._compute_moments(engine._to_tensor(noise_stamps[1]), psf, turned=True)[0].numpy()
+        more = engine._compute_moments(engine._to_tensor(noise[1]), psf, turned=True)[0].numpy()
+        moments = np.concatenate([moments, more], axis=1)
     expected = engine.compute_moment_covariance(psf, fixnoise=fixnoise)
     sigma = np.sqrt(np.diag(expected))
+    np.testing.assert_allclose(variance, sigma[0] ** 2, rtol=1e-6)
     moments, expected = moments / sigma, expected / sigma / sigma[:, None]
     np.testing.assert_allclose(moments.T @ moments / len(moments), expected, atol=0.1)
-    drawn, noise = engine.draw_noise_moments(psf, rng.standard_normal((4000, 34)), fixnoise=fixnoise)
+    drawn, one = engine.draw_noise_moments(psf, rng.standard_normal((4000, len(sigma))), fixnoise=fixnoise)
     drawn /= sigma
     np.testing.assert_allclose(drawn.T @ drawn / len(drawn), expected, atol=0.1)
-    if not fixnoise:
-        np.testing.assert_allclose(sigma[0] ** 2, covariances[0], rtol=1e-6)
-    # All ways to the covariances that are used agree.
-    for psfs in (psf, np.repeat(psf[None], 2, axis=0)):
-        found = engine.compute_moments(noise_stamps[0, :2], psfs)[1]
-        if fixnoise:
-            turned = engine._compute_moments(engine._to_tensor(noise_stamps[1, :2]), psfs, turned=True)[1]
-            found = np.concatenate([found[..., :1], found[..., 1:] + turned.numpy()[..., 1:]], axis=-1)
-        np.testing.assert_allclose(found, np.broadcast_to(noise, found.shape), atol=1e-5 * noise.max())
+    assert one == pytest.approx(sigma[0] ** 2)
+    each = engine.compute_moments(noise[0, :2], np.repeat(psf[None], 2, axis=0))[1]
+    np.testing.assert_allclose(each, one, rtol=1e-5)
 
 
 def test_selection_and_weights_follow_the_shear() -> None:

@@ -91,6 +91,10 @@ class FineImages:
         # From rows up, which is how pixels lie on the sky here, y is axis 1.
         return dataclasses.replace(self, array=np.rot90(self.array, turns, axes=(2, 1)))
 
+    def mirror(self) -> FineImages:
+        """Return the galaxies with x and minus x exchanged."""
+        return dataclasses.replace(self, array=self.array[..., ::-1])
+
     @classmethod
     def from_profiles(
         cls,

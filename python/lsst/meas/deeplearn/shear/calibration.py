@@ -124,8 +124,9 @@ def compute_shear_sums(
     n_realizations
         Number of realisations of the noise for estimators whose moments are
         linear, `lsst.meas.deeplearn.shear.metacal.Metacalibration`: it is
-        then added to the moments, which costs next to nothing.  If 0, noise
-        is added to the pixels, once, as for other estimators.
+        then added to the moments, which costs next to nothing, and taken
+        with both signs.  If 0, noise is added to the pixels, once, as for
+        other estimators.
 
     Returns
     -------
@@ -174,8 +175,10 @@ class _NoisyMoments:
     def __init__(self, galaxies: GalaxySample, scene: Scene, n_realizations: int, fixnoise: bool) -> None:
         self._sigma = scene.noise_sigma
         self._fixnoise = fixnoise
-        shape = (scene.n_rotations, n_realizations, N_MOMENTS)
-        self._normal = draw_normal(galaxies, shape) if n_realizations else np.empty(0)
+        shape = (scene.n_orientations, (n_realizations + 1) // 2, (1 + fixnoise) * N_MOMENTS)
+        half = draw_normal(galaxies, shape) if n_realizations else np.empty((0, 0, *shape[1:]))
+        # What is linear in the noise cancels.
+        self._normal = np.concatenate([half, -half], axis=2)[:, :, :n_realizations]
 
     def measure(self, estimator: LinearEstimator, stamps: np.ndarray, psf: np.ndarray) -> Shapes:
         """Return the shapes, the realisations of a stamp side by side.
@@ -190,6 +193,7 @@ class _NoisyMoments:
             Image of a star centred on a pixel, shape ``(y, x)``.
         """
         moments, _ = estimator.compute_moments(stamps, psf)
-        noise, covariances = estimator.draw_noise_moments(psf, self._normal, fixnoise=self._fixnoise)
-        noisy = moments[:, None] + self._sigma * noise.reshape(len(stamps), -1, N_MOMENTS)
-        return estimator.compute_shapes(noisy.reshape(-1, N_MOMENTS), self._sigma**2 * covariances)
+        noise, variance = estimator.draw_noise_moments(psf, self._normal, fixnoise=self._fixnoise)
+        noisy = self._sigma * noise.reshape(len(stamps), -1, noise.shape[-1])
+        noisy[..., :N_MOMENTS] += moments[:, None]
+        return estimator.compute_shapes(noisy.reshape(-1, noise.shape[-1]), self._sigma**2 * variance)

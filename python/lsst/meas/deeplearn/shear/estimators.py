@@ -75,7 +75,7 @@ class LinearEstimator(ShearEstimator, Protocol):
     """
 
     def compute_moments(self, images: np.ndarray, psf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the moments of stamps, and their noise.
+        """Return the moments of stamps, and the variance of their fluxes.
 
         Parameters
         ----------
@@ -87,29 +87,31 @@ class LinearEstimator(ShearEstimator, Protocol):
 
     def draw_noise_moments(
         self, psf: np.ndarray, normal: np.ndarray, *, fixnoise: bool = True
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return moments of noise, and their covariances.
+    ) -> tuple[np.ndarray, float]:
+        """Return moments of noise, and the variance of the flux.
 
         Parameters
         ----------
         psf
             Image of a star centred on a pixel, shape ``(y, x)``.
         normal
-            Standard normal numbers, one for each moment in the last axis.
+            Standard normal numbers, in the last axis one for each moment, and
+            with ``fixnoise`` one more for each.
         fixnoise
             Whether to include the noise that is added to keep the response
             right.
         """
 
-    def compute_shapes(self, moments: np.ndarray, noise: np.ndarray) -> Shapes:
+    def compute_shapes(self, moments: np.ndarray, variance: np.ndarray | float) -> Shapes:
         """Return the shapes that follow from moments.
 
         Parameters
         ----------
         moments
-            Moments as from `compute_moments`, a row for each stamp.
-        noise
-            Their covariances as from `compute_moments`, times the variance of
+            Moments as from `compute_moments`, a row for each stamp, and next
+            to them those of noise that is sheared the other way, if any.
+        variance
+            That of the flux: as from `compute_moments`, times the variance of
             the noise in a pixel.
         """
 

@@ -23,40 +23,46 @@ r"""Metacalibration of Gaussian-weighted moments, as a matrix product.
 
 Metacalibration (Huff & Mandelbaum 2017, arXiv:1702.02600; Sheldon & Huff
 2017, arXiv:1702.02601) deconvolves an image from its PSF, shears it, convolves
-it with a wider PSF, and measures it again.  If the measurement is a set of
-moments with a fixed weight, all of this is linear in the pixels.  With I, P
-and T the Fourier transforms of the image, its PSF and the new PSF, and F that
-of the weight times a polynomial in x and y, a moment is
+it with a wider PSF, and measures it again.  If the new PSF and the weight of
+the measurement are Gaussian, with variances :math:`\sigma_T^2` and
+:math:`\sigma_W^2`, all moments follow from one function: with I and P the
+Fourier transforms of the image and its PSF,
 
 .. math::
-    M = \int \frac{d^2 k}{(2 \pi)^2}
-        F^*(S^{-T} k) \, T(S^{-T} k) \, \frac{I(k)}{P(k)},
-    \quad S = \frac{1}{\sqrt{1 - g^2}}
-        \begin{pmatrix} 1 + g_1 & g_2 \\ g_2 & 1 - g_1 \end{pmatrix} .
+    f(x) = \int \frac{d^2 k}{(2 \pi)^2}
+        2 \pi \sigma_W^2 e^{-s^2 k^2 / 2} \, \frac{I(k)}{P(k)} \, e^{i k x},
+    \quad s^2 = \sigma_W^2 + \sigma_T^2 ,
 
-So moments under several shears are sums over pixels or Fourier modes.  A
-Gaussian weight keeps F and T analytic: nothing is ever interpolated.
+is the weighted flux with the weight at x.  Its gradient is the weighted
+centroid, and its second derivatives are the second moments.  Its maximum is
+where the centroid does not move any more; what is measured there does not
+depend on where in its stamp the object is.  A shear S of the object turns
+:math:`k^2` into :math:`k S^{-2} k`; to third order in the shear the sheared f
+has derivatives that are sums of those of f.  So derivatives of f at the
+centre of the stamp, which are sums over pixels or Fourier modes, are all that
+is needed, and noise can be added to them as well as to pixels.
 """
 
 from __future__ import annotations
 
-__all__ = ("MOMENTS", "THIRD_MOMENTS", "Metacalibration", "compute_target_fwhm")
+__all__ = ("DERIVATIVES", "Metacalibration", "compute_target_fwhm")
 
 import math
 
 import numpy as np
 import torch
+from numpy.linalg import matrix_power
+from scipy.signal import convolve2d
 from torch import Tensor
 
+from ..galaxies.fourier import compute_noise_power
 from .shapes import STEPS, Shapes
 
-MOMENTS = ("0", "x", "y", "xx-yy", "2xy", "xx+yy")
-"""The polynomials of the moments, in the order of the arrays."""
+ORDER = 6
+"""Order up to which derivatives are measured."""
 
-THIRD_MOMENTS = ("xxx", "xxy", "xyy", "yyy")
-"""Those that are taken without shear only, to find how moments change as the
-object moves.
-"""
+DERIVATIVES = tuple((order - b, b) for order in range(ORDER + 1) for b in range(order + 1))
+"""How often f is differentiated along x and y; the moments."""
 
 MAX_AMPLIFICATION = 2.0
 """Largest ratio of the new PSF to the old one at any Fourier mode.
@@ -72,32 +78,44 @@ A Gaussian has 0.03 with a FWHM of 2 pixels and 0.13 with one of 1.5.
 """
 
 CENTROID_SNR = 3.0
-"""Signal to noise below which moments are not taken about the centroid."""
-
-SHIFT_SNR = 10.0
-"""Signal to noise below which the artificial shear is more about the centre
-of the stamp than about a noisy centroid.
+"""Signal to noise below which the weight does not go all the way to the
+maximum of f.
 """
+
+MAX_SHIFT = 0.6
+"""How far from the centre of the stamp the weight may go, in units of s."""
 
 _FWHM = math.sqrt(8 * math.log(2))
 
 # Kernels are zero where they are below this share of their maximum.
 _NEGLIGIBLE = 1e-6
 
-_N_SHEARED = len(STEPS) * len(MOMENTS)
+# Order of all derivatives; those that are not measured follow from the others
+# if f is a polynomial of the sixth order times a Gaussian of this variance,
+# in units of s^2: galaxies are somewhat larger than a star.
+_FULL_ORDER = 8
+_TYPICAL_VARIANCE = 1.6
+
+# The artificial shears of noise that is sheared in a frame turned by 90
+# degrees.
+_OPPOSITE = [0, 2, 1, 4, 3]
+
+# Number of derivatives up to the second order.
+_N_QUADRATIC = 6
+
+# Derivatives of the versions that shapes follow from.
+_VERSION_ORDER = 4
 
 # Moments whose filters are real and imaginary.
-_EVEN = [first + m for first in range(0, _N_SHEARED, len(MOMENTS)) for m in (0, 3, 4, 5)]
-_ODD = [first + m for first in range(0, _N_SHEARED, len(MOMENTS)) for m in (1, 2)] + [30, 31, 32, 33]
+_EVEN = [i for i, (a, b) in enumerate(DERIVATIVES) if (a + b) % 2 == 0]
+_ODD = [i for i, (a, b) in enumerate(DERIVATIVES) if (a + b) % 2 == 1]
 
 # What turning a stamp back, after torch.rot90, makes of its moments.
-_ROTATED_FROM = [first + m for first in range(0, _N_SHEARED, len(MOMENTS)) for m in (0, 2, 1, 3, 4, 5)]
-_ROTATED_FROM += [33, 32, 31, 30]
-_ROTATED_SIGN = np.array(len(STEPS) * [1.0, -1.0, 1.0, -1.0, -1.0, 1.0] + [-1.0, 1.0, -1.0, 1.0])
+_ROTATED_FROM = [DERIVATIVES.index((b, a)) for a, b in DERIVATIVES]
+_ROTATED_SIGN = np.array([(-1.0) ** a for a, b in DERIVATIVES])
 
-# Pairs of moments whose covariance is needed: of the flux with itself, and of
-# x and y with all moments of odd order.
-_PAIRS = np.array([(0, 0), (1, 1), (1, 2), (2, 2), *((i, j) for i in (1, 2) for j in (30, 31, 32, 33))])
+# Objects of which shapes are computed at once.
+_CHUNK = 4096
 
 
 class Metacalibration:
@@ -122,6 +140,9 @@ class Metacalibration:
     weight_snr
         Signal to noise at which the weight of an object is one half; 0 gives
         weights of one.
+    noise_correlation
+        Correlation of the noise of two pixels by their distance along y and
+        x, zero distance at the centre; `None` if it is white.
     device
         Device of torch.
     dtype
@@ -135,27 +156,17 @@ class Metacalibration:
 
     Notes
     -----
-    The ellipticity is
+    The ellipticity is that at the maximum of f,
 
     .. math::
-        e_1 = \frac{M_{xx-yy} - (M_x^2 - M_y^2) / M_0}{\sigma_w^2 D}, \quad
-        e_2 = \frac{M_{2xy} - 2 M_x M_y / M_0}{\sigma_w^2 D}, \quad
-        D = M_0 + r \, \sigma(M_0),
-
-    for a weight of standard deviation :math:`\sigma_w`.  The weight stays at
-    the centre of the stamp, but moments are taken about the weighted mean
-    position, which for a Gaussian object removes the effect of being off the
-    centre.
-
-    Where an object is in its stamp does not depend on its shear, because
-    stamps are cut around objects.  The artificial shear must leave it there
-    too: it is a shear about the centroid, by the first order of a shift.
-    Without that, m would be -1e-3 for objects anywhere in the central pixel.
-    What the noise of the centroid and that of the moments do together is
-    taken out, for white noise.
+        e_1 = \sigma_W^2 \frac{f_{xx} - f_{yy}}{D}, \quad
+        e_2 = \sigma_W^2 \frac{2 f_{xy}}{D}, \quad
+        D = f + r \, \sigma(f) .
 
     The regulariser r keeps faint objects from blowing up: the flux is the
     best measured of all moments, where the size often comes out as zero.
+    Two steps of Newton's method lead to the maximum, the second one in every
+    version; they are shortened where the flux is not above `CENTROID_SNR`.
     """
 
     def __init__(
@@ -168,6 +179,7 @@ class Metacalibration:
         step: float = 0.01,
         regularization: float = 10.0,
         weight_snr: float = 0.0,
+        noise_correlation: np.ndarray | None = None,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -189,13 +201,24 @@ class Metacalibration:
         self._grid_size = _find_fast_size(stamp_size)
         k = 2 * np.pi * np.fft.fftfreq(self._grid_size, d=pixel_scale)
         # Half of the plane: the other one is conjugate.
-        filters = self._make_filters(*np.meshgrid(k[: self._grid_size // 2], k))  # (34, y, x)
+        self._weight_var, self._target_var = (weight_fwhm / _FWHM) ** 2, (target_fwhm / _FWHM) ** 2
+        filters = self._make_filters(*np.meshgrid(k[: self._grid_size // 2], k))  # (28, y, x)
         peak = np.abs(filters).max(axis=(1, 2), keepdims=True)
         used = (np.abs(filters) > _NEGLIGIBLE * peak).any(axis=(0, 1))
         # All that follows is about the modes up to some k along x and y.
         self._n_modes = int(np.flatnonzero(used)[-1]) + 1
-        self._filters = filters[:, self._rows, : self._n_modes]
-        self._k2 = k[: self._n_modes] ** 2 + k[self._rows, None] ** 2  # (y, x)
+        self._filters = filters[:, self._rows, : self._n_modes].reshape(len(filters), -1)
+        self._k2 = (k[: self._n_modes] ** 2 + k[self._rows, None] ** 2).ravel()
+        self._noise_power, self._turned_noise_power = (
+            compute_noise_power(correlation, self._grid_size)[self._rows, : self._n_modes].ravel()
+            for correlation in (
+                noise_correlation,
+                None if noise_correlation is None else np.rot90(noise_correlation),
+            )
+        )
+        self._complete = self._to_double(_make_completion())
+        self._versions = self._to_double(_make_versions(step))
+        self._shears = self._to_double(_make_shears(step))
 
     def compute_moments(self, images: np.ndarray, psf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the moments of stamps under all artificial shears.
@@ -212,14 +235,12 @@ class Metacalibration:
         Returns
         -------
         moments
-            Moments in flux times arcsec to the power of their order,
-            float64, shape ``(N, 34)``: `MOMENTS` for each of `STEPS`, sheared
-            about the centre of the stamp, then `THIRD_MOMENTS`.  NaN for a
-            PSF of its own that is not usable.
-        noise
-            Covariances of moments for white noise of one in each pixel, of
-            which the first is the variance of the flux; shape ``(12,)`` or
-            ``(N, 12)``.
+            `DERIVATIVES` of the weighted flux at the centre of the stamp, in
+            units of s to the power of minus their order, float64, shape
+            ``(N, 28)``.  NaN for a PSF of its own that is not usable.
+        variance
+            Variance of the first of them for noise of one in each pixel;
+            shape ``(N,)``.
 
         Raises
         ------
@@ -227,8 +248,8 @@ class Metacalibration:
             Raised if a shape does not fit, or if the one PSF is undersampled
             or too wide.
         """
-        moments, noise = self._compute_moments(self._to_tensor(images), psf)
-        return moments.cpu().numpy(), noise.cpu().numpy()
+        moments, variance = self._compute_moments(self._to_tensor(images), psf)
+        return moments.cpu().numpy(), variance.cpu().numpy()
 
     def measure(
         self,
@@ -259,30 +280,30 @@ class Metacalibration:
         ValueError
             Raised as by `compute_moments`.
         """
-        moments, noise = self._compute_moments(self._to_tensor(images), psf)
+        moments, variance = self._compute_moments(self._to_tensor(images), psf)
         if fixnoise is not None:
-            more, more_noise = self._compute_moments(self._to_tensor(fixnoise), psf, turned=True)
-            moments += more
-            noise = _add_noise(noise, more_noise)
+            more, _ = self._compute_moments(self._to_tensor(fixnoise), psf, turned=True)
+            moments = torch.cat([moments, more], dim=1)
         sigma = torch.as_tensor(np.asarray(noise_sigma, dtype=np.float64), device=self._device)
-        return self._compute_shapes(moments, noise * sigma[..., None] ** 2)
+        return self._compute_shapes(moments, variance * sigma**2)
 
-    def compute_shapes(self, moments: np.ndarray, noise: np.ndarray) -> Shapes:
+    def compute_shapes(self, moments: np.ndarray, variance: np.ndarray | float) -> Shapes:
         """Return the shapes that follow from moments.
 
         Parameters
         ----------
         moments
-            Moments as from `compute_moments`, shape ``(N, 34)``.
-        noise
-            Their covariances as from `compute_moments`, times the variance of
-            the noise in a pixel, shape ``(12,)`` or ``(N, 12)``.
+            Moments as from `compute_moments`, shape ``(N, 28)``, or, followed
+            by those of the noise that is added and sheared the other way,
+            ``(N, 56)``.
+        variance
+            Variance of the first of them, shape ``(N,)`` or one for all.
         """
-        tensors = (torch.as_tensor(array, device=self._device) for array in (moments, noise))
-        return self._compute_shapes(*tensors)
+        variances = np.full(len(moments), variance, dtype=np.float64)
+        return self._compute_shapes(self._to_double(moments), self._to_double(variances))
 
     def compute_moment_covariance(self, psf: np.ndarray, *, fixnoise: bool = True) -> np.ndarray:
-        """Return the covariance of the moments of white noise.
+        """Return the covariance of the moments of noise.
 
         Moments are linear, so that those of a noisy stamp are those of the
         noiseless one and a draw from this Gaussian distribution; see
@@ -299,26 +320,29 @@ class Metacalibration:
         Returns
         -------
         covariance
-            For noise of one in each pixel, float64, shape ``(34, 34)``.
+            For noise of one in each pixel, float64, shape ``(28, 28)``, or
+            ``(56, 56)`` with that noise, which comes second.
         """
-        kernels = self.make_kernels(psf).reshape(len(self._filters), -1)
-        covariance: np.ndarray = kernels @ kernels.T
-        if fixnoise:
-            turned = kernels[_ROTATED_FROM] * _ROTATED_SIGN[:, None]
-            covariance += turned @ turned.T
-        return covariance
+        inverse = 1 / np.abs(self._transform_psf(psf)) ** 2
+        covariance = self._compute_covariance(inverse * self._noise_power)
+        if not fixnoise:
+            return covariance
+        turned = self._compute_covariance(inverse * self._turned_noise_power)
+        turned = np.outer(_ROTATED_SIGN, _ROTATED_SIGN) * turned[np.ix_(_ROTATED_FROM, _ROTATED_FROM)]
+        return np.block([[covariance, np.zeros_like(covariance)], [np.zeros_like(turned), turned]])
 
     def draw_noise_moments(
         self, psf: np.ndarray, normal: np.ndarray, *, fixnoise: bool = True
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return moments of white noise that never was an image.
+    ) -> tuple[np.ndarray, float]:
+        """Return moments of noise that never was an image.
 
         Parameters
         ----------
         psf
             The PSF, shape ``(y, x)``.
         normal
-            Standard normal numbers, shape ``(..., 34)``.
+            Standard normal numbers, shape ``(..., 28)``, or ``(..., 56)``
+            with fixnoise.
         fixnoise
             As for `compute_moment_covariance`.
 
@@ -326,16 +350,13 @@ class Metacalibration:
         -------
         moments
             For noise of one in each pixel, of the same shape as ``normal``.
-        noise
-            The covariances that `compute_shapes` wants, shape ``(12,)``.
+        variance
+            That of the first moment by the noise of the image alone.
         """
         covariance = self.compute_moment_covariance(psf, fixnoise=fixnoise)
         eigenvalues, vectors = np.linalg.eigh(covariance)
         moments: np.ndarray = normal @ (vectors * np.sqrt(np.clip(eigenvalues, 0.0, None))).T
-        noise = covariance[tuple(_PAIRS.T)]
-        if fixnoise:
-            noise[0] /= 2  # Both halves are equal, and only one is in the image.
-        return moments, noise
+        return moments, float(covariance[0, 0])
 
     def make_kernels(self, psf: np.ndarray) -> np.ndarray:
         """Return the images whose products with a stamp are its moments.
@@ -348,122 +369,99 @@ class Metacalibration:
         Returns
         -------
         kernels
-            Float64, shape ``(34, y, x)``.
+            Float64, shape ``(28, y, x)``.
 
         Raises
         ------
         ValueError
             Raised as by `compute_moments`.
         """
-        basis = self._make_basis(psf)
-        kernels = self._add_differences(torch.as_tensor(basis.reshape(len(basis), -1).T.copy()))
-        return kernels.numpy().T.reshape(basis.shape)
-
-    def _make_filters(self, kx: np.ndarray, ky: np.ndarray) -> np.ndarray:
-        """Return what multiplies the modes of a deconvolved stamp.
-
-        The last four shears are differences from the first in units of the
-        step, so that rounding errors cancel in the response.  Moments of
-        odd order are imaginary; their imaginary part is returned.
-        """
-        weight_var, target_var = (self.weight_fwhm / _FWHM) ** 2, (self.target_fwhm / _FWHM) ** 2
-        filters = []
-        for g1, g2 in np.array([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]) * self.step:
-            # The inverse of the shear matrix; it is symmetric.
-            norm = 1 / math.sqrt(1 - g1**2 - g2**2)
-            qx, qy = norm * ((1 - g1) * kx - g2 * ky), norm * ((1 + g1) * ky - g2 * kx)
-            gauss = 2 * np.pi * weight_var * np.exp(-0.5 * (weight_var + target_var) * (qx**2 + qy**2))
-            xx, yy = (weight_var * (1 - weight_var * q**2) for q in (qx, qy))
-            polynomials = [np.ones_like(qx), weight_var * qx, weight_var * qy]
-            polynomials += [xx - yy, -2 * weight_var**2 * qx * qy, xx + yy]
-            filters.append(gauss * np.stack(polynomials))
-        basis = np.stack(filters)
-        basis[1:] = (basis[1:] - basis[:1]) / self.step
-        third = [
-            weight_var**2 * (3 * kx - weight_var * kx**3),
-            weight_var**2 * (ky - weight_var * kx**2 * ky),
-            weight_var**2 * (kx - weight_var * kx * ky**2),
-            weight_var**2 * (3 * ky - weight_var * ky**3),
-        ]
-        # The Gaussian without shear is the first filter.
-        joined = np.concatenate([basis.reshape(-1, *kx.shape), basis[0, 0] * np.stack(third)])
-        # d^2 k / (2 pi)^2 for the modes of the stamp.
-        return joined / (self._grid_size * self.pixel_scale) ** 2
-
-    def _make_basis(self, psf: np.ndarray) -> np.ndarray:
-        """Return the kernels of the moments and of their differences."""
-        size = self._grid_size
-        self._check_size(psf)
-        kernel = torch.as_tensor(np.asarray(psf, dtype=np.float64), device=self._device)
-        modes, edge = self._transform(kernel[None], self._make_grid(1, torch.float64))
-        if message := self._find_fault(_compute_power(modes), edge)[1]:
-            raise ValueError(message)
-        low = modes.cpu().numpy().reshape(self._k2.shape)
-        quotient = np.zeros((len(self._filters), size, size // 2 + 1), dtype=np.complex128)
-        quotient[:, self._rows, : self._n_modes] = self._filters / low
+        size, n_modes = self._grid_size, self._n_modes
+        quotient = np.zeros((len(DERIVATIVES), size, size // 2 + 1), dtype=np.complex128)
+        quotient[:, self._rows, :n_modes] = (self._filters / self._transform_psf(psf)).reshape(
+            len(DERIVATIVES), -1, n_modes
+        )
         quotient[_ODD] *= 1j
         # A forward transform: the other sign than for a function of x.
         kernels = np.fft.irfft2(np.conj(quotient), s=(size, size), norm="forward")
         # The PSF, which was divided by, has its centre where stamps have it.
         return kernels[:, : self.stamp_size, : self.stamp_size].copy()
 
+    def _make_filters(self, kx: np.ndarray, ky: np.ndarray) -> np.ndarray:
+        """Return what multiplies the modes of a deconvolved stamp.
+
+        Moments of odd order are imaginary; their imaginary part is returned.
+        """
+        s2 = self._weight_var + self._target_var
+        gauss = 2 * np.pi * self._weight_var * np.exp(-0.5 * s2 * (kx**2 + ky**2))
+        # d^2 k / (2 pi)^2 for the modes of the stamp.
+        gauss /= (self._grid_size * self.pixel_scale) ** 2
+        x, y = math.sqrt(s2) * kx, math.sqrt(s2) * ky
+        return np.stack([(-1) ** ((a + b) // 2) * x**a * y**b * gauss for a, b in DERIVATIVES])
+
+    def _transform_psf(self, psf: np.ndarray) -> np.ndarray:
+        """Return the modes of a PSF, complex128, shape ``(modes,)``."""
+        self._check_size(psf)
+        kernel = self._to_double(psf)
+        modes, edge = self._transform(kernel[None], self._make_grid(1, torch.float64))
+        if message := self._find_fault(_compute_power(modes), edge)[1]:
+            raise ValueError(message)
+        result: np.ndarray = modes[0].cpu().numpy()
+        return result
+
+    def _compute_covariance(self, power: np.ndarray) -> np.ndarray:
+        """Return the covariance of moments of noise with a power spectrum,
+        divided by that of the PSF, shape ``(modes,)``.
+        """
+        weighted = self._double_modes() * power * self._grid_size**2
+        covariance: np.ndarray = weighted @ self._filters.T
+        covariance[np.ix_(_EVEN, _ODD)] = covariance[np.ix_(_ODD, _EVEN)] = 0.0
+        return covariance
+
+    def _double_modes(self) -> np.ndarray:
+        """Return the filters, for sums over half of the Fourier plane."""
+        # A mode and its conjugate in the other half of the plane.
+        filters = 2 * self._filters
+        filters[:, :: self._n_modes] /= 2
+        return filters
+
     def _compute_moments(
         self, stamps: Tensor, psf: np.ndarray, *, turned: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return moments and their noise as float64 tensors.
+        """Return moments and the variance of the first as float64 tensors.
 
         If ``turned``, they are those of the stamps turned by 90 degrees,
         processed, and turned back.
         """
         psf = np.asarray(psf)
         if psf.ndim == 2:
-            kernels = self._make_basis(psf)
-            turned_back = kernels[_ROTATED_FROM] * _ROTATED_SIGN[:, None, None] if turned else kernels
-            products = (turned_back[_PAIRS[:, 0]] * turned_back[_PAIRS[:, 1]]).sum(axis=(1, 2))
-            noise = torch.as_tensor(products, device=self._device)
+            kernels = self.make_kernels(psf)
             if turned:
                 # It is the same to turn the kernels the other way.
                 kernels = np.rot90(kernels, -1, axes=(1, 2))
-            matrix = self._to_tensor(kernels.reshape(-1, self.stamp_size**2))
-            moments = stamps.reshape(len(stamps), -1) @ matrix.T
+            matrix = self._to_tensor(kernels.reshape(len(kernels), -1))
+            moments = (stamps.reshape(len(stamps), -1) @ matrix.T).to(torch.float64)
+            alone = self.compute_moment_covariance(psf, fixnoise=False)[0, 0]
+            variance = torch.full((len(stamps),), alone, dtype=torch.float64, device=self._device)
         elif psf.ndim == 3 and len(psf) == len(stamps):
-            if turned:
-                stamps = torch.rot90(stamps, 1, (1, 2))
-            moments, noise = self._compute_moments_of_each(stamps, psf, turned=turned)
+            moments, variance = self._compute_moments_of_each(
+                torch.rot90(stamps, 1, (1, 2)) if turned else stamps, psf
+            )
         else:
             raise ValueError(f"{len(stamps)} stamps need one PSF or one each, not PSFs of shape {psf.shape}.")
-        moments = self._add_differences(moments.to(torch.float64))
         if turned:
-            moments = moments[:, _ROTATED_FROM] * torch.as_tensor(_ROTATED_SIGN, device=self._device)
-        return moments, noise
+            moments = moments[:, _ROTATED_FROM] * self._to_double(_ROTATED_SIGN)
+        return moments, variance
 
-    def _add_differences(self, moments: Tensor) -> Tensor:
-        """Return the moments of all versions, of which some are differences;
-        in place.
-        """
-        sheared = moments[:, :_N_SHEARED].unflatten(1, (len(STEPS), len(MOMENTS)))
-        sheared[:, 1:] = sheared[:, :1] + self.step * sheared[:, 1:]
-        return moments
-
-    def _compute_moments_of_each(
-        self, stamps: Tensor, psf: np.ndarray, *, turned: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return the moments, before sums of differences, by Fourier modes;
-        the noise is turned back, the moments are not.
-        """
+    def _compute_moments_of_each(self, stamps: Tensor, psf: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return moments by Fourier modes."""
         self._check_size(psf)
-        # A mode and its conjugate in the other half of the plane.
-        filters = 2 * self._filters
-        filters[..., 0] /= 2
-        even, odd = (filters[order].reshape(-1, self._k2.size) for order in (_EVEN, _ODD))
-        to_even, to_odd = self._to_tensor(even.T), self._to_tensor(-odd.T)
-        first, second = filters, self._filters
-        if turned:
-            first, second = (f[_ROTATED_FROM] * _ROTATED_SIGN[:, None, None] for f in (first, second))
-        to_noise = self._to_tensor((first[_PAIRS[:, 0]] * second[_PAIRS[:, 1]]).reshape(len(_PAIRS), -1).T)
+        filters = self._double_modes()
+        to_even, to_odd = self._to_tensor(filters[_EVEN].T), self._to_tensor(-filters[_ODD].T)
+        to_variance = self._to_tensor(filters[0] * self._filters[0] * self._noise_power * self._grid_size**2)
         n = len(stamps)
-        moments = torch.empty((n, len(filters)), dtype=self._dtype, device=self._device)
-        noise = torch.empty((n, len(_PAIRS)), dtype=self._dtype, device=self._device)
+        moments = torch.empty((n, len(filters)), dtype=torch.float64, device=self._device)
+        variance = torch.empty(n, dtype=torch.float64, device=self._device)
         grids = [self._make_grid(min(n, self._batch_size)) for _ in range(2)]
         for start in range(0, n, self._batch_size):
             batch = slice(start, min(start + self._batch_size, n))
@@ -471,11 +469,11 @@ class Metacalibration:
             power = _compute_power(psf_modes)
             # Stamps and PSFs have the same centre, so its phase cancels.
             quotient = self._transform(stamps[batch], grids[1])[0].div_(psf_modes)  # (N, modes)
-            moments[batch, _EVEN] = quotient.real @ to_even
-            moments[batch, _ODD] = quotient.imag @ to_odd
-            noise[batch] = power.reciprocal() @ to_noise
+            moments[batch, _EVEN] = (quotient.real @ to_even).to(torch.float64)
+            moments[batch, _ODD] = (quotient.imag @ to_odd).to(torch.float64)
+            variance[batch] = (power.reciprocal() @ to_variance).to(torch.float64)
             moments[batch][self._find_fault(power, edge)[0]] = torch.nan
-        return moments, self._grid_size**2 * noise.to(torch.float64)
+        return moments, variance
 
     def _make_grid(self, n: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return zeros for `_transform` to work in."""
@@ -547,123 +545,175 @@ class Metacalibration:
             )
         return unknown | undersampled | wide, message
 
-    def _compute_shapes(self, moments: Tensor, noise: Tensor) -> Shapes:
+    def _compute_shapes(self, moments: Tensor, variance: Tensor) -> Shapes:
         """Return the shapes; see the notes of the class."""
-        noise = noise.expand(len(moments), -1)
-        flux_sigma = torch.sqrt(noise[:, :1])
-        weight_var, target_var = (self.weight_fwhm / _FWHM) ** 2, (self.target_fwhm / _FWHM) ** 2
-        regularizer = self.regularization * flux_sigma
-        shifted, noise_squares = self._shift_to_centroid(moments, noise)
-        flux, x, y, plus, cross, trace = shifted.unbind(-1)  # (N, 5) each
-        squares = torch.stack([x**2 - y**2, 2 * x * y, x**2 + y**2]) - noise_squares
-        squares /= _soften(flux, CENTROID_SNR * flux_sigma)
-        denominator = flux + regularizer
-        e1 = (plus - squares[0]) / (weight_var * denominator)
-        e2 = (cross - squares[1]) / (weight_var * denominator)
-        star = 2 / (1 / weight_var + 1 / target_var)
-        size = (trace - squares[2]) / (star * flux)
+        parts = [
+            self._measure(moments[start : start + _CHUNK].T, torch.sqrt(variance[start : start + _CHUNK]))
+            for start in range(0, max(len(moments), 1), _CHUNK)
+        ]
+        arrays = (torch.cat(columns).cpu().numpy() for columns in zip(*parts, strict=True))
+        return Shapes(self.step, *arrays)
+
+    def _measure(self, moments: Tensor, flux_sigma: Tensor) -> tuple[Tensor, ...]:
+        """Return the parts of `Shapes` for moments of shape ``(28, N)``, or
+        ``(56, N)`` with those of noise that is sheared the other way.
+        """
+        grids = [self._complete @ part for part in moments.split(len(DERIVATIVES))]  # (81, N)
+        limit = CENTROID_SNR * flux_sigma
+        # Every version takes both steps by itself, as if it were an image:
+        # the first one from the centre.
+        centered = torch.stack(self._make_versions(grids, _N_QUADRATIC)).sum(dim=0)
+        x, y = (step.clamp(-MAX_SHIFT, MAX_SHIFT) for step in _step_to_maximum(*centered, limit))  # (5, N)
+        # Most of the way is the same for all.
+        start = torch.stack([x[0], y[0]])
+        grids = [_translate(grid, *start) for grid in grids]
+        near = self._make_versions(grids, self._versions.shape[1])
+        # A shear moves the points where derivatives have become known.
+        known = [matrices @ start for matrices in (self._shears, self._shears[_OPPOSITE])]  # (5, 2, N)
+
+        def evaluate(x: Tensor, y: Tensor) -> Tensor:
+            """Return derivatives at points of each version, ``(6, 5, N)``."""
+            return sum(
+                _expand(part, x - point[:, 0], y - point[:, 1])
+                for part, point in zip(near, known, strict=False)
+            )
+
+        step_x, step_y = _step_to_maximum(*evaluate(x, y), limit)
+        flux, _, _, xx, xy, yy = evaluate(x + step_x, y + step_y)
+
+        share = self._weight_var / (self._weight_var + self._target_var)
+        denominator = flux + self.regularization * flux_sigma
+        e = share * torch.stack([xx - yy, 2 * xy], dim=-1) / denominator[..., None]
+        # The trace of a star is 2 (1 - share) times its flux.
+        size = (share * (xx + yy) + 2 * flux) / (2 * (1 - share) * flux)
         size = torch.where(flux > 0, size, torch.nan)
         snr = flux / flux_sigma
-        e = torch.stack([e1, e2], dim=-1)
-        bad = ~(torch.isfinite(e).all(dim=2) & (denominator > 0)).all(dim=1)
-        e[bad] = torch.nan
+        bad = ~(torch.isfinite(e).all(dim=2) & (denominator > 0)).all(dim=0)  # (N,)
+        e[:, bad] = torch.nan
         weight = torch.ones_like(snr)
         if self.weight_snr > 0:
             faint = torch.clamp(self.weight_snr / snr, min=0.0)
             weight = torch.where(snr > 0, 1 / (1 + faint**2), 0.0)
-        weight[bad] = 0.0
-        return Shapes(self.step, *(values.cpu().numpy() for values in (e, snr, size, weight, bad)))
+        weight[:, bad] = 0.0
+        return e.transpose(0, 1), snr.T, size.T, weight.T, bad
 
-    def _shift_to_centroid(self, moments: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return moments as if images had been sheared about the centroid.
-
-        That differs by a shift of the order of the step, so that first
-        derivatives, without shear, are enough.  The shift is noisy, and so
-        are the derivatives: where they meet, the mean of what noise alone
-        does is taken out.
-
-        Returns
-        -------
-        moments
-            Shape ``(N, 5, 6)``.
-        noise_squares
-            What is to be taken out of x^2 - y^2, 2 x y and x^2 + y^2 of these
-            moments, shape ``(3, N, 5)``.
+    def _make_versions(self, grids: list[Tensor], n_rows: int) -> list[Tensor]:
+        """Return the derivatives of all versions, shape ``(n_rows, 5, N)``,
+        of an image and of noise that is sheared the other way.
         """
-        var = (self.weight_fwhm / _FWHM) ** 2
-        sheared = moments[:, :_N_SHEARED].unflatten(1, (len(STEPS), len(MOMENTS)))
-        flux, x, y, plus, cross, trace = sheared[:, 0].unbind(1)  # (N,) each
-        # One step of Newton's method leads from zero to x / slope, y / slope.
-        softened = _soften(flux, SHIFT_SNR * torch.sqrt(noise[:, 0]))
-        slope = torch.maximum(softened - trace / (2 * var), 0.2 * softened)
-
-        # The shift is shear times centroid, so that products with derivatives
-        # along x and y are needed that go with g1 and with g2.
-        _, xx, xy, yy = noise[:, :4].unbind(1)
-        along_x, along_y = _differentiate(x, y, moments[:, _N_SHEARED:], var)  # (N, 4)
-        x_along_x, x_along_y = _differentiate(xx, xy, noise[:, 4:8], var)
-        y_along_x, y_along_y = _differentiate(xy, yy, noise[:, 8:], var)
-        even_g1 = x[:, None] * along_x - y[:, None] * along_y - (x_along_x - y_along_y)
-        even_g2 = x[:, None] * along_y + y[:, None] * along_x - (x_along_y + y_along_x)
-
-        # The derivatives of x and y: a symmetric matrix.
-        a, b, c = (trace + plus) / 2 - var * flux, cross / 2, (trace - plus) / 2 - var * flux
-        odd_g1 = torch.stack([x * a - y * b, x * b - y * c], dim=1)  # (N, 2)
-        odd_g2 = torch.stack([x * b + y * a, x * c + y * b], dim=1)
-        # The means of the changes of x^2, y^2 and 2 x y by noise alone.
-        squares_g1 = (2 * (xx * a - xy * b), 2 * (xy * b - yy * c), 2 * (xx * b - xy * c + xy * a - yy * b))
-        squares_g2 = (2 * (xx * b + xy * a), 2 * (xy * c + yy * b), 2 * (xx * c + 2 * xy * b + yy * a))
-
-        shears = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]
-        g1, g2 = self.step * torch.tensor(shears, dtype=torch.float64, device=self._device).T  # (5,) each
-        scale = 1 / (var * slope[:, None])
-        by_g1 = torch.cat([even_g1[:, :1], odd_g1, even_g1[:, 1:]], dim=1) * scale  # (N, 6)
-        by_g2 = torch.cat([even_g2[:, :1], odd_g2, even_g2[:, 1:]], dim=1) * scale
-        shifted = sheared + g1[:, None] * by_g1[:, None] + g2[:, None] * by_g2[:, None]
-        square_x, square_y, twice_xy = (
-            (first[:, None] * g1 + second[:, None] * g2) * scale
-            for first, second in zip(squares_g1, squares_g2, strict=True)
-        )
-        return shifted, torch.stack([square_x - square_y, twice_xy, square_x + square_y])
+        matrices = (self._versions[:, :n_rows], self._versions[_OPPOSITE, :n_rows])
+        return [(matrix @ grid).transpose(0, 1) for matrix, grid in zip(matrices, grids, strict=False)]
 
     def _to_tensor(self, images: np.ndarray) -> Tensor:
         return torch.as_tensor(images, dtype=self._dtype, device=self._device)
 
-
-def _add_noise(noise: Tensor, more: Tensor) -> Tensor:
-    """Return covariances of a sum, of which the flux counts the first."""
-    return torch.cat([noise[..., :1], noise[..., 1:] + more[..., 1:]], dim=-1)
+    def _to_double(self, array: np.ndarray) -> Tensor:
+        return torch.as_tensor(np.ascontiguousarray(array), dtype=torch.float64, device=self._device)
 
 
-def _soften(flux: Tensor, limit: Tensor) -> Tensor:
-    """Return fluxes that objects may be divided by to find their centroids.
-
-    The regularizer of ellipticities would be too much of a good thing: it
-    would leave the object off the centre.
+def _step_to_maximum(
+    flux: Tensor, x: Tensor, y: Tensor, xx: Tensor, xy: Tensor, yy: Tensor, limit: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return where Newton's method sees the maximum of a function with these
+    derivatives; nearer, if its value is not above a limit.
     """
-    return torch.sqrt(flux**2 + limit**2)
+    softened = torch.sqrt(flux**2 + limit**2)
+    # The negative Hessian: its mean, and what is different along two axes.
+    mean = torch.maximum(softened - flux - (xx + yy) / 2, 0.2 * softened)
+    plus, cross = (yy - xx) / 2, -xy
+    scale = (0.7 * mean / torch.hypot(plus, cross).clamp(min=1e-300)).clamp(max=1.0)
+    plus, cross = scale * plus, scale * cross
+    determinant = mean**2 - plus**2 - cross**2
+    return ((mean - plus) * x - cross * y) / determinant, ((mean + plus) * y - cross * x) / determinant
 
 
-def _differentiate(x: Tensor, y: Tensor, third: Tensor, var: float) -> tuple[Tensor, Tensor]:
-    """Return what moving the weight does to the moments of even order.
-
-    Parameters
-    ----------
-    x, y, third
-        Moments of odd order, shape ``(N,)`` and ``(N, 4)``.
-    var
-        Variance of the weight in arcsec squared.
-
-    Returns
-    -------
-    along_x, along_y
-        Derivatives of the moments 0, xx-yy, 2xy and xx+yy times ``var``,
-        shape ``(N, 4)``.
+def _expand(derivatives: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
+    """Return derivatives up to the second order near by, from those up to the
+    fourth; shape ``(6, 5, N)`` from ``(15, 5, N)``.
     """
-    xxx, xxy, xyy, yyy = third.unbind(1)
-    along_x = [x, xxx - xyy - 2 * var * x, 2 * (xxy - var * y), xxx + xyy - 2 * var * x]
-    along_y = [y, xxy - yyy + 2 * var * y, 2 * (xyy - var * x), xxy + yyy - 2 * var * y]
-    return torch.stack(along_x, dim=1), torch.stack(along_y, dim=1)
+    result = derivatives[:_N_QUADRATIC].clone()
+    power_x, power_y = (torch.stack([torch.ones_like(d), d, d**2 / 2, d**3 / 6, d**4 / 24]) for d in (dx, dy))
+    for row, (a, b) in enumerate(DERIVATIVES[:_N_QUADRATIC]):
+        for source, (i, j) in enumerate(DERIVATIVES[: len(derivatives)]):
+            if i >= a and j >= b and i + j > a + b:
+                result[row] += power_x[i - a] * power_y[j - b] * derivatives[source]
+    return result
+
+
+def _translate(grid: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
+    """Return derivatives at another place by Taylor's theorem, shape
+    ``(81, N)``.
+    """
+    side = _FULL_ORDER + 1
+    square = grid.view(side, side, -1)
+    for shift in (dx, dy):
+        result, term = square.clone(), square
+        for order in range(1, side):
+            term = term[1:, : side - order] * (shift / order)
+            result[: len(term), : side - order] += term
+        square = result.transpose(0, 1)
+    return square.reshape(side**2, -1)
+
+
+def _make_completion() -> np.ndarray:
+    """Return the matrix from moments to all derivatives on a square grid, of
+    which those that are not measured follow from `_TYPICAL_VARIANCE`.
+    """
+    side = _FULL_ORDER + 1
+    order = np.add.outer(np.arange(side), np.arange(side))
+    factorial = np.array([math.factorial(n) for n in range(side)])
+    scale = np.outer(factorial, factorial)
+
+    def make_gaussian(sign: float) -> np.ndarray:
+        """Return the Taylor series of a Gaussian or its inverse."""
+        even = np.arange(0, side, 2)
+        series = np.zeros(side)
+        series[even] = (sign / (2 * _TYPICAL_VARIANCE)) ** (even // 2) / factorial[even // 2]
+        return np.outer(series, series)
+
+    columns = []
+    for a, b in DERIVATIVES:
+        series = np.zeros((side, side))
+        series[a, b] = 1 / scale[a, b]
+        polynomial = convolve2d(series, make_gaussian(1.0))[:side, :side] * (order <= ORDER)
+        columns.append(scale * convolve2d(polynomial, make_gaussian(-1.0))[:side, :side])
+    return np.stack(columns, axis=-1).reshape(side**2, -1) * (order.reshape(-1, 1) <= _FULL_ORDER)
+
+
+def _make_shears(step: float) -> np.ndarray:
+    """Return the matrices of the artificial shears, shape ``(5, 2, 2)``."""
+    shears = step * np.array([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)])
+    norm = math.sqrt(1 - step**2)
+    matrices = [np.array([[1 + g1, g2], [g2, 1 - g1]]) / norm for g1, g2 in shears[1:]]
+    return np.array([np.eye(2), *matrices])
+
+
+def _make_versions(step: float) -> np.ndarray:
+    """Return the matrices from derivatives on a square grid to those of all
+    versions up to `_VERSION_ORDER`, shape ``(5, 15, 81)``.
+    """
+    side = _FULL_ORDER + 1
+    rows = []
+    for inverse in np.linalg.inv(_make_shears(step)):
+        # exp(-s^2 k (S^-2 - 1) k / 2), with derivatives in place of i k.
+        change = matrix_power(inverse, 2) - np.eye(2)
+        exponent = np.array(
+            [[0.0, 0.0, change[1, 1] / 2], [0.0, change[0, 1], 0.0], [change[0, 0] / 2, 0, 0]]
+        )
+        series, power = np.ones((1, 1)), np.ones((1, 1))
+        for n in (1, 2, 3):
+            power = convolve2d(power, exponent) / n
+            series = np.pad(series, (0, len(power) - len(series))) + power
+        along = [np.array([[0.0, row[1]], [row[0], 0.0]]) for row in inverse]
+        for a, b in DERIVATIVES[: (_VERSION_ORDER + 1) * (_VERSION_ORDER + 2) // 2]:
+            operator = series
+            for factor in a * [along[0]] + b * [along[1]]:
+                operator = convolve2d(operator, factor)
+            row = np.zeros((side, side))
+            m = min(side, len(operator))
+            row[:m, :m] = operator[:m, :m]
+            rows.append(row.ravel())
+    return np.array(rows).reshape(len(STEPS), -1, side**2)
 
 
 def _compute_power(modes: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ STEPS = ("ns", "1p", "1m", "2p", "2m")
 and g1 and g2 one step up and down.
 """
 
-N_MOMENTS = 34
+N_MOMENTS = 28
 """Number of moments from which metacalibration computes shapes."""
 
 

@@ -194,8 +194,10 @@ class Scene:
     """Correlation of the noise of two pixels by their distance along y and x,
     zero distance at the centre; `None` if it is white."""
 
-    n_rotations: int = 2
-    """Number of turns by 90 degrees in which each galaxy is drawn, up to 4."""
+    n_orientations: int = 2
+    """Number of ways in which each galaxy is drawn, up to 4: as it is, turned
+    by 90 degrees, mirrored, and turned and mirrored.  Turns take out its
+    shape from the mean, mirrors its response to the other component."""
 
     def draw_psf(self, arm: Sequence[float] = (0.0, 0.0, 0.0, 0.0)) -> np.ndarray:
         """Return the image of a star in the middle of a stamp.
@@ -281,8 +283,8 @@ def draw_stamps(images: FineImages, galaxies: GalaxySample, scene: Scene, arm: S
     Returns
     -------
     stamps
-        Float32 in nJy, shape ``(N, n_rotations, y, x)``.  The offset turns
-        with the galaxy.
+        Float32 in nJy, shape ``(N, n_orientations, y, x)``.  The
+        offset turns with the galaxy.
     """
     renderer = Renderer(
         scene.get_psf(arm),
@@ -292,12 +294,19 @@ def draw_stamps(images: FineImages, galaxies: GalaxySample, scene: Scene, arm: S
         shear=(arm[0], arm[1]),
     )
     flux = galaxies.flux.astype(np.float32)[:, None, None]
-    offset = galaxies.offset * scene.pixel_scale
-    turned = []
-    for turns in range(scene.n_rotations):
-        turned.append(flux * renderer.draw(images.rotate(turns), offset=offset))
-        offset = np.stack([-offset[:, 1], offset[:, 0]], axis=1)
-    return np.stack(turned, axis=1)
+    x, y = galaxies.offset.T * scene.pixel_scale
+    turned = images.rotate(1)
+    orientations = [
+        (images, x, y),
+        (turned, -y, x),
+        (images.mirror(), -x, y),
+        (turned.mirror(), y, x),
+    ]
+    stamps = [
+        flux * renderer.draw(images, offset=np.stack([x, y], axis=1))
+        for images, x, y in orientations[: scene.n_orientations]
+    ]
+    return np.stack(stamps, axis=1)
 
 
 def make_noise(galaxies: GalaxySample, scene: Scene, *, fixnoise: bool = False) -> np.ndarray:
@@ -316,12 +325,12 @@ def make_noise(galaxies: GalaxySample, scene: Scene, *, fixnoise: bool = False) 
     Returns
     -------
     noise
-        Float32 in nJy, shape ``(N, n_rotations, y, x)``.
+        Float32 in nJy, shape ``(N, n_orientations, y, x)``.
     """
     stream = Stream.FIXNOISE if fixnoise else Stream.NOISE
     # Correlated noise is made on an even grid.
     side = scene.stamp_size + (scene.noise_correlation is not None)
-    noise = np.empty((len(galaxies), scene.n_rotations, side, side), dtype=np.float32)
+    noise = np.empty((len(galaxies), scene.n_orientations, side, side), dtype=np.float32)
     for k, number in enumerate(galaxies.ids):
         make_rng(stream, galaxies.seed, number).standard_normal(out=noise[k], dtype=np.float32)
     noise *= np.float32(scene.noise_sigma)
