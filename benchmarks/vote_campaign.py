@@ -180,6 +180,8 @@ def main() -> None:
                 for m, e in zip(mean[variant][-1], error[variant][-1], strict=True)
             )
             print(f"{n_votes:5}  {variant:28}{row}")
+    pull, scatter = np.nanmean([mean[variant] for variant in VARIANTS], axis=(0, 1))[3:]
+    print(f"Skills of voters: mean pull {pull:.3f}, scatter {scatter:.3f}.")
     if args.figure:
         plot(args.figure, args.votes, *({v: np.array(x) for v, x in part.items()} for part in (mean, error)))
 

@@ -24,6 +24,11 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import re
+import shlex
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,3 +154,63 @@ def test_campaign(repo: Path, page: Page, tmp_path: Path) -> None:
     voted = fused["n_votes"] > 0
     said_lens = fused["n_votes_lens"] > 0
     assert np.min(fused["posterior"][said_lens]) > 0.02 > np.max(fused["posterior"][voted & ~said_lens])
+
+
+def write_votes(folder: Path) -> None:
+    """Write the votes of two voters and of a volunteer on the page there."""
+    match = re.search(r'id="data">(.*?)</script>', (folder / "page.html").read_text())
+    assert match is not None
+    ids = json.loads(match[1])["ids"]
+    truth = read_truth(folder / "page_key.csv")
+    for name, says in (("ada", "AN"), ("ben", "BC")):
+        rows = [f"{i},demo,1,{name},{says[not truth.get(int(i))]},2026-01-01T00:00:00Z" for i in ids]
+        (folder / f"votes_{name}.csv").write_text(
+            "\n".join(["candidate_id,skymap,tract,voter,grade,time", *rows])
+        )
+    with (folder / "classifications.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["user_name", "created_at", "annotations", "subject_data"])
+        for object_id in ids[:3]:
+            annotations = [{"task": "T0", "value": "Probable lens"}]
+            subject = {"#objectId": object_id, "#skymap": "demo", "#tract": "1"}
+            writer.writerow(
+                ["c", "2026-01-01 00:00:00 UTC", json.dumps(annotations), json.dumps({"1": subject})]
+            )
+
+
+def test_documented_commands(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The commands of the tutorial work one after the other."""
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parents[1] / "doc" / "visual-inspection.rst").read_text()
+    for old, new in (
+        ("demo/repo", str(repo)),
+        ("demo/examples", "doc/examples"),
+        ("demo/fused", "doc/fused"),
+    ):
+        text = text.replace(old, new)
+    n_commands = 0
+    for language, block in re.findall(r"\.\. code-block:: (\w+)\n\n((?:   .*\n|\n)+)", text):
+        source = textwrap.dedent(block)
+        if "machine.py" in source and language == "python":
+            Path("machine.py").write_text(source)
+        elif language == "python":
+            exec(source, {})
+        else:
+            for command in source.replace("\\\n", " ").strip().splitlines():
+                if "ingest-lens-votes" in command:
+                    write_votes(tmp_path)
+                run(*shlex.split(command))
+                n_commands += 1
+    assert n_commands == 8
+    assert "posterior_low" in capsys.readouterr().out
+    assert (tmp_path / "subjects" / "manifest.csv").exists()
+    assert (tmp_path / "second.html").exists()
+    with Butler.from_config(str(repo)) as butler:
+        people, both = (
+            butler.get("lens_candidates_fused", skymap="demo", tract=1, collections=f"doc/{name}")
+            for name in ("fused", "fused_with_roc")
+        )
+    assert people["n_votes"].sum() == both["n_votes"].sum() > 0
+    assert len(set(both["machine_log_ratio"])) >= 2

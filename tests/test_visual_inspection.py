@@ -26,10 +26,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shlex
 import subprocess
 import sys
-import textwrap
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,10 +37,7 @@ import pytest
 from astropy.table import Column, Table
 from click.testing import CliRunner
 
-from lsst.ctrl.mpexec.cli.pipetask import cli as pipetask_cli
 from lsst.daf.butler import Butler, DatasetType
-from lsst.daf.butler.cli.butler import cli as butler_cli
-from lsst.daf.butler.cli.utils import LogCliRunner
 from lsst.meas.deeplearn.cli import ingest_lens_votes, make_inspection_page
 from lsst.meas.deeplearn.cutouts import Cutouts
 from lsst.meas.deeplearn.lenses.fuse_lens_votes_task import FuseLensVotesTask
@@ -363,55 +358,6 @@ def test_commands_with_bad_input(tmp_path: Path) -> None:
     code, output = invoke(ingest_lens_votes, repo, votes, "--run", "votes", "--skip-broken")
     assert code == 1
     assert "no votes in these files" in output
-
-
-def test_documented_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands of the documentation work one after the other."""
-    monkeypatch.chdir(tmp_path)
-    repo = make_repository(tmp_path / "repo")
-    Path("known.csv").write_text(f"candidate_id,is_lens\n{BIG_ID + 9},0\n")
-    for name, grades in (("ada", "ABN"), ("ben", "NBU")):
-        lines = [f"{BIG_ID + k},sky,7,{name},{grade},2026-01-01T00:00:00Z" for k, grade in enumerate(grades)]
-        Path(f"votes_{name}.csv").write_text(
-            "\n".join(["candidate_id,skymap,tract,voter,grade,time", *lines])
-        )
-    with open("classifications.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["user_name", "created_at", "annotations", "subject_data"])
-        annotations, subject = (
-            [{"task": "T0", "value": "A"}],
-            {"#objectId": BIG_ID, "#skymap": "sky", "#tract": 7},
-        )
-        writer.writerow(["c", "2026-01-01 00:00:00 UTC", json.dumps(annotations), json.dumps({"1": subject})])
-
-    text = (Path(__file__).resolve().parents[1] / "doc" / "visual-inspection.rst").read_text()
-    for old, new in (("REPO", repo), ("u/me/lenses", "lenses"), ("SKYMAP", "sky"), ("TRACT", "7")):
-        text = text.replace(old, new)
-    programs = {"butler": butler_cli, "pipetask": pipetask_cli}
-    n_commands = 0
-    for language, block in re.findall(r"\.\. code-block:: (\w+)\n\n((?:   .*\n|\n)+)", text):
-        source = textwrap.dedent(block)
-        if "machine.py" in source and language == "python":
-            Path("machine.py").write_text(source)
-        elif language == "python":
-            exec(source, {})
-        else:
-            for command in source.replace("\\\n", " ").strip().splitlines():
-                program, *arguments = shlex.split(command)
-                result = LogCliRunner().invoke(programs[program], arguments)
-                assert result.exit_code == 0, (command, result.output, result.exception)
-                n_commands += 1
-    assert len(read_data(Path("second.html"))["ids"]) > 0
-    assert Path("training_key.csv").exists()
-    assert Path("subjects/manifest.csv").exists()
-    with Butler.from_config(repo) as butler:
-        people, both = (
-            butler.get("lens_candidates_fused", skymap="sky", tract=7, collections=f"u/me/{name}")
-            for name in ("fused", "fused_with_machine")
-        )
-    assert people["n_votes"].sum() == both["n_votes"].sum() == 5
-    assert set(people["machine_log_ratio"]) == {0.0}
-    assert len(set(both["machine_log_ratio"])) == 3
 
 
 # In the browser.

@@ -372,7 +372,7 @@ def make_inspection_page(
     click.echo(f"Wrote {n_found} of {n_all} candidates to {written.path}.")
     if len(table) > n_found:
         n_lenses = sum(answers.values())
-        click.echo(f"Among them are {n_lenses} simulated lenses and {len(answers) - n_lenses} non-lenses.")
+        click.echo(f"Mixed in are {n_lenses} simulated lenses and {len(answers) - n_lenses} non-lenses.")
     if n_passed_over:
         click.echo(
             f"{n_passed_over} candidates that come before the last of these have no stamp; nCutouts of "

@@ -49,8 +49,8 @@ def read_known_lenses(path: Path | str | None = None) -> Table:
         Table with ``name``, ``ra`` and ``dec`` in degrees and perhaps
         ``grading``, in any format that astropy tells by the file name.  By
         default the catalogue of the package lenscat (Vujeva et al. 2024,
-        arXiv:2406.04398) is read, which is not imported: it would bring in
-        much that is of no use here.
+        arXiv:2406.04398) is read, which is not imported: that would need
+        its many dependencies, of no use here.
 
     Returns
     -------
@@ -69,8 +69,9 @@ def read_known_lenses(path: Path | str | None = None) -> Table:
         spec = importlib.util.find_spec("lenscat")
         if spec is None or spec.origin is None:
             raise ImportError(
-                "Known lenses come from the optional package 'lenscat'; its table is all that is needed: "
-                "'pip install --no-deps lenscat'."
+                "Known lenses come from the optional package 'lenscat': 'pip install "
+                "meas-deeplearn[known-lenses]' or, as only its table is needed, 'pip install --no-deps "
+                "lenscat'."
             )
         path = Path(spec.origin).parent / "data" / "catalog.csv"
     table = Table.read(path)

@@ -369,7 +369,11 @@ def measure_magnitudes(cutouts: Cutouts, band: str, *, radius: float = APERTURE)
     aperture = np.hypot(x, y) * cutouts.pixel_scale <= radius
     flux = np.where(cutouts.bad[:, b], np.nan, cutouts.image[:, b])[:, aperture].sum(axis=1, dtype=np.float64)
     magnitudes = AB_ZERO_POINT - 2.5 * np.log10(np.where(flux > 0, flux, np.nan))
-    return Column(magnitudes, name="magnitude", description=f"{band} within {radius:g} arcsec of the middle")
+    return Column(
+        magnitudes,
+        description=f"AB magnitude in {band} within {radius:g} arcsec",
+        meta={"label": f"{band} magnitude"},
+    )
 
 
 def _mix(known: np.ndarray, order: str, seed: int) -> np.ndarray:
@@ -399,10 +403,15 @@ def _describe_candidates(table: Table) -> dict[str, Any]:
         if name not in table.colnames:
             continue
         values = _list_values(table[name], detail)
+        if name == "ringfinder_is_lens" and "ringfinder_snr" in table.colnames:
+            # It says nothing of what it has not measured.
+            measured = np.isfinite(np.asarray(table["ringfinder_snr"]))
+            values = [value if here else None for value, here in zip(values, measured, strict=True)]
         if all(value is None for value in values):
             continue
-        description = {"key": name, "values": values, "title": table[name].description or ""}
-        description |= dataclasses.asdict(detail)
+        description = dataclasses.asdict(detail) | {"key": name, "values": values}
+        description["label"] = table[name].meta.get("label", detail.label)
+        description["title"] = table[name].description or ""
         if set(detail.errors) <= set(table.colnames):
             description["errors"] = [_list_values(table[column], detail) for column in detail.errors]
         else:
