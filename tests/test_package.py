@@ -39,7 +39,7 @@ SOURCES = sorted(
     path
     for pattern in (
         *(f"{folder}/**/*.py" for folder in ("python", "config", "tests", "benchmarks")),
-        *("doc/conf.py", "bin/run-*", "bin/*.bash", "ups/*", "SConstruct", "tests/SConscript", ".ci/run"),
+        *("doc/*.py", "bin/run-*", "bin/*.bash", "ups/*", "SConstruct", "tests/SConscript", ".ci/run"),
     )
     for path in TOP.glob(pattern)
     if path.is_file()
@@ -49,6 +49,18 @@ SOURCES = sorted(
 def test_pipelines_exist() -> None:
     """The tests below have something to check."""
     assert "pipelines/find_lenses.yaml" in PIPELINES
+
+
+def test_tasks_are_documented() -> None:
+    """Every task is on the page of the tasks."""
+    page = (TOP / "doc" / "tasks.rst").read_text()
+    tasks = [
+        f"lsst.meas.deeplearn.{path.parent.name}.{path.stem}.{name}"
+        for path in TOP.glob("python/lsst/meas/deeplearn/*/*_task.py")
+        for name in re.findall(r"^class (\w+)\(PipelineTask\)", path.read_text(), re.MULTILINE)
+    ]
+    assert len(tasks) > 5
+    assert sorted(re.findall(r"pipeline-task:: (\S+)", page)) == sorted(tasks)
 
 
 def test_import_loads_no_torch() -> None:
