@@ -20,9 +20,9 @@
 # You should have received a copy of the GNU General Public License
 # along with this program.  If not, see <https://www.gnu.org/licenses/>.
 
-# Sourced by run-demo and run-tests: leaves an environment in which
+# Sourced by run-demo, run-tests and build-docs: leaves an environment in which
 # meas_deeplearn and its test tools are installed, in the top folder of the
-# checkout.
+# checkout; the variable extras names other extras.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -66,14 +66,15 @@ make_venv() {
 
 # Install when pyproject.toml is not the one that was installed last.
 install_package() {
-    local stamp="$VIRTUAL_ENV/meas_deeplearn.installed" want
+    local extras=${extras:-test} want stamp
+    stamp="$VIRTUAL_ENV/meas_deeplearn-$extras.installed"
     want="$PWD $(cksum <pyproject.toml)"
     if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then
         say "already installed in $VIRTUAL_ENV"
         return
     fi
     step "read pip's message above; the packages need 8 GB of disk and a package index that pip can reach" \
-        python -m pip install --disable-pip-version-check -e '.[test]'
+        python -m pip install --disable-pip-version-check -e ".[$extras]"
     printf '%s\n' "$want" >"$stamp"
 }
 
