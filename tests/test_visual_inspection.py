@@ -333,6 +333,61 @@ def test_commands(tmp_path: Path) -> None:
     assert "votes on tract 7 in votes/first already" in output
 
 
+def put_examples(repo: str, run: str, *, size: int) -> None:
+    """Put a table as that of SimulateLensesTask into a repository: four hosts
+    with arcs and without, of which the first is a candidate.
+    """
+    cutouts = make_cutouts(8, size=size)
+    cutouts.ra[:] = 150.0 + 0.01 * (np.arange(8) // 2)
+    table = cutouts.to_table()
+    table["label"] = np.arange(8) % 2 == 0
+    table["kind"] = np.where(table["label"], "lens", "host")
+    table["host_id"], table["source_id"] = 100 + np.arange(8) // 2, np.arange(8)
+    with Butler.from_config(repo, writeable=True, run=run) as butler:
+        butler.registry.registerDatasetType(
+            DatasetType(
+                "lens_training_cutouts",
+                ("skymap", "tract", "patch"),
+                "ArrowAstropy",
+                universe=butler.dimensions,
+            )
+        )
+        butler.put(table, "lens_training_cutouts", skymap="sky", tract=7, patch=0)
+
+
+def test_examples_are_mixed_in_blindly(tmp_path: Path) -> None:
+    """Simulated lenses and non-lenses are among the candidates under IDs that
+    do not tell them, no galaxy twice.
+    """
+    repo, page = make_repository(tmp_path / "repo"), tmp_path / "page.html"
+    put_examples(repo, "examples", size=25)
+    put_examples(repo, "small", size=15)
+    arguments = (repo, page, "--examples", "lens_training_cutouts", "--n-examples", 2)
+    code, output = invoke(make_inspection_page, *arguments, "--collections", "lenses,examples")
+    assert code == 0, output
+    truth = read_truth(tmp_path / "page_key.csv")
+    # The first host is a candidate, so that three are left.
+    assert 2 <= len(truth) <= 3
+    assert f"Mixed in are {sum(truth.values())} simulated lenses" in output
+    data = read_data(page)
+    assert len(data["ids"]) == len(set(data["ids"])) == 12 + len(truth)
+    assert {len(i) for i in data["ids"]} == {len(str(BIG_ID))}
+    places = [data["ids"].index(str(i)) for i in truth]
+    assert {round(data["ra"][k], 2) for k in places} <= {150.01, 150.02, 150.03}
+    assert len({data["ra"][k] for k in places}) == len(truth)
+    assert data["links_after_vote"]
+    assert {detail["values"][places[0]] for detail in data["details"] if detail["key"] == "score"} == {None}
+    invoke(make_inspection_page, *arguments, "--collections", "lenses,examples")
+    assert read_truth(tmp_path / "page_key.csv") == truth
+    for collections, message in (
+        ("lenses,small", "15 pixels of 0.2000 arcsec, cannot be shown among candidates of g,r,i, 21 pixels"),
+        ("lenses", "no lens_training_cutouts in lenses"),
+    ):
+        code, output = invoke(make_inspection_page, *arguments, "--collections", collections)
+        assert code == 1
+        assert message in output
+
+
 def test_commands_with_bad_input(tmp_path: Path) -> None:
     """What is wrong is said in a line."""
     repo = make_repository(tmp_path / "repo")
