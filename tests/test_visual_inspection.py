@@ -294,7 +294,7 @@ def test_commands(tmp_path: Path) -> None:
     """A page is written from a repository, and votes go back into it."""
     repo, page = make_repository(tmp_path / "repo"), tmp_path / "page.html"
     known = tmp_path / "known.csv"
-    known.write_text(f"candidate_id,is_lens\n{BIG_ID + 9},0\n")
+    known.write_text(f"candidate_id,is_lens\n{BIG_ID + 9},0\n17,1\n")
     code, output = invoke(
         make_inspection_page, repo, page, "--collections", "lenses", "--best", 6, "--injected", "lens_truth",
         "--known", known, "--zooniverse", tmp_path / "zooniverse",
@@ -302,6 +302,7 @@ def test_commands(tmp_path: Path) -> None:
     assert code == 0, output
     # Known ones are there besides the best, whatever their rank.
     assert "Wrote 8 of 12 candidates" in output
+    assert "Of 3 known candidates 2 have a stamp here." in output
     assert read_truth(tmp_path / "page_key.csv") == {BIG_ID + 2: True, BIG_ID + 9: False}
     data = read_data(page)
     assert (data["skymap"], set(data["tract"])) == ("sky", {7})

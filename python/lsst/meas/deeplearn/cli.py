@@ -265,7 +265,13 @@ def show_lens_demo(repo: str, collections: str, best: int) -> None:
     show_default=True,
     help="Column to order by, from 1; vote_rank of lens_candidates_fused puts first what votes help most.",
 )
-@click.option("--best", default=500, show_default=True, help="Largest number of candidates on the page.")
+@click.option(
+    "--best",
+    default=500,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Largest number of candidates on the page; known ones are there besides.",
+)
 @click.option("--shuffle", is_flag=True, help="Show them in random order, which tells nothing of the rank.")
 @click.option("--show-scores", is_flag=True, help="Show what the machine thinks before the vote.")
 @click.option(
@@ -289,7 +295,11 @@ def show_lens_demo(repo: str, collections: str, best: int) -> None:
     "non-lenses are mixed in blindly, to weigh the voters.",
 )
 @click.option(
-    "--n-examples", default=50, show_default=True, help="Number of these lenses, and of the non-lenses."
+    "--n-examples",
+    default=50,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Number of these lenses, and of the non-lenses.",
 )
 @click.option("--feedback", is_flag=True, help="Tell voters the truth after their vote, where it is known.")
 @click.option("--title", default="Lens candidates", show_default=True, help="Title of the page.")
@@ -348,6 +358,7 @@ def make_inspection_page(
                 catalog = read_known_lenses(None if known_lenses == "lenscat" else known_lenses)
                 flag_known_lenses(table, catalog)
             n_found = len(table)
+            n_given, n_known = len(truth), len(set(truth) & set(table["objectId"].tolist()))
             if examples is not None:
                 rows, more, answers = chooser.read_examples(
                     butler, examples, names, table, stamps, number=n_examples, where=where
@@ -373,6 +384,8 @@ def make_inspection_page(
     if len(table) > n_found:
         n_lenses = sum(answers.values())
         click.echo(f"Mixed in are {n_lenses} simulated lenses and {len(answers) - n_lenses} non-lenses.")
+    if n_known < n_given:
+        click.echo(f"Of {n_given} known candidates {n_known} have a stamp here.")
     if n_passed_over:
         click.echo(
             f"{n_passed_over} candidates that come before the last of these have no stamp; nCutouts of "
