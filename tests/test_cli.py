@@ -28,13 +28,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from astropy.io import fits
+from astropy.table import Table
 from click.testing import Result
 
-from lsst.daf.butler import Butler
+from lsst.daf.butler import Butler, DatasetType
 from lsst.daf.butler.cli.butler import cli
 from lsst.daf.butler.cli.utils import LogCliRunner
 from lsst.meas.deeplearn.repository import make_tangent_wcs
 from lsst.meas.deeplearn.tests import make_test_coadd, make_test_model
+from lsst.sphgeom import ConvexPolygon, LonLat, UnitVector3d
 
 
 def run(*arguments: object) -> Result:
@@ -120,3 +122,30 @@ def test_show_demo_before_the_pipeline(repository: Path) -> None:
     result = run("show-lens-demo", repository)
     assert result.exit_code == 1
     assert "find_lenses.yaml" in result.output
+
+
+def test_show_shear_bias(repository: Path) -> None:
+    """The bias of a tract is printed with its errors, all objects only."""
+    result = run("show-shear-bias", repository, "--collections", "shear")
+    assert result.exit_code == 1
+    assert "Run calibrate_shear.yaml first" in result.output
+    table = Table({name: ["metacal"] * 2 for name in ("estimator", "morphology", "reference")})
+    table["bin"] = ["all", "snr"]
+    for k, name in enumerate(("m1", "m2", "c1", "c2", "alpha1")):
+        table[name], table[f"{name}_err"] = 0.001 * (k + 1), 0.0005
+    table["c2"] = np.nan
+    with Butler.from_config(str(repository), writeable=True, run="shear") as butler:
+        corners = [LonLat.fromDegrees(ra, dec) for ra, dec in ((0, 0), (1, 0), (1, 1), (0, 1))]
+        region = ConvexPolygon([UnitVector3d(corner) for corner in corners])
+        sync = butler.registry.syncDimensionData
+        sync("skymap", {"name": "sky", "hash": b"", "tract_max": 9, "patch_nx_max": 1, "patch_ny_max": 1})
+        sync("tract", {"skymap": "sky", "id": 7, "region": region})
+        butler.registry.registerDatasetType(
+            DatasetType("shear_bias", ("skymap", "tract"), "ArrowAstropy", universe=butler.dimensions)
+        )
+        butler.put(table, "shear_bias", skymap="sky", tract=7)
+    lines = run("show-shear-bias", repository, "--collections", "shear").output.splitlines()
+    assert any("Shear bias of tract 7" in line for line in lines)
+    (row,) = (line for line in lines if "+2.00 +- 0.50" in line)
+    assert "+1.00 +- 0.50" in row
+    assert "nan +- 0.50" in row

@@ -49,6 +49,7 @@ def get_cli_subcommands() -> list[click.Command]:
         import_fits_coadds,
         make_lens_demo,
         show_lens_demo,
+        show_shear_bias,
         make_inspection_page,
         ingest_lens_votes,
     ]
@@ -250,6 +251,38 @@ def show_lens_demo(repo: str, collections: str, best: int) -> None:
             for name, shown in (("Table", ref), ("Gallery", gallery)):
                 if shown is not None:
                     click.echo(f"{name + ':':8} {butler.getURI(shown).ospath}")
+
+
+@click.command(cls=ButlerCommand, name="show-shear-bias")
+@repo_argument(required=True)
+@click.option("--collections", required=True, help="Output of calibrate_shear.yaml, comma-separated.")
+@click.option("--where", default="", help="Which tracts, as a query expression; all by default.")
+def show_shear_bias(repo: str, collections: str, where: str) -> None:
+    """Print the shear bias of each tract with its errors.
+
+    For each estimator and kind of galaxies, and for the difference between
+    kinds; the bins are in the dataset, 'shear_bias'.
+    """
+    from astropy.table import Table
+
+    from lsst.daf.butler import Butler, ButlerUserError
+
+    names = ("m1", "m2", "c1", "c2", "alpha1")
+    with Butler.from_config(repo) as butler:
+        try:
+            refs = butler.query_datasets("shear_bias", collections.split(","), where=where)
+        except ButlerUserError as err:
+            raise click.ClickException(f"Run calibrate_shear.yaml first: {err}") from err
+        for ref in refs:
+            table = butler.get(ref)
+            table = table[table["bin"] == "all"]
+            rows = Table({"estimator": table["estimator"], "galaxies": table["morphology"]})
+            rows["minus"] = table["reference"]
+            for name in names:
+                pairs = zip(table[name], table[f"{name}_err"], strict=True)
+                rows[name] = [f"{1e3 * value:+.2f} +- {1e3 * error:.2f}" for value, error in pairs]
+            click.echo(f"Shear bias of tract {ref.dataId['tract']}, in units of 1e-3:")
+            click.echo("\n".join(rows.pformat(max_lines=-1, max_width=-1)))
 
 
 @click.command(cls=ButlerCommand, name="make-inspection-page")
