@@ -28,7 +28,9 @@ along rows, angles counter-clockwise from the x axis.
 from __future__ import annotations
 
 __all__ = (
+    "assign_source_images",
     "choose_hosts",
+    "complete_lens_population",
     "compute_einstein_radius",
     "compute_flux",
     "rotate_lenses",
@@ -415,11 +417,111 @@ def rotate_lenses(population: Table, angle: np.ndarray) -> Table:
         Angles in degrees, counter-clockwise, shape ``(N,)``.
     """
     turned = population.copy()
-    for name in ("position_angle", "source_position_angle"):
-        turned[name] = (turned[name] + angle) % 180.0
+    for name, period in (
+        ("position_angle", 180),
+        ("source_position_angle", 180),
+        ("source_image_angle", 360),
+    ):
+        if name in turned.colnames:
+            turned[name] = (turned[name] + angle) % period
     pairs = (("gamma1", "gamma2", 2), ("source_x", "source_y", 1), ("source_knot_x", "source_knot_y", 1))
     for x, y, spin in pairs:
         phi = np.deg2rad(spin * np.asarray(angle)).reshape(-1, *[1] * (population[x].ndim - 1))
         turned[x] = np.cos(phi) * population[x] - np.sin(phi) * population[y]
         turned[y] = np.sin(phi) * population[x] + np.cos(phi) * population[y]
     return turned
+
+
+def assign_source_images(population: Table, ids: np.ndarray, *, fraction: float, seed: int) -> Table:
+    """Return lenses of which some have sources that look like images.
+
+    Parameters
+    ----------
+    population
+        Lenses of `sample_lens_population`.
+    ids
+        IDs of the images, which become those of the sources; -1 for images
+        that may not be used.
+    fraction
+        Fraction of the sources that look like images.
+    seed
+        Seed.
+
+    Returns
+    -------
+    population
+        The lenses with the columns ``source_image``, the row of the image or
+        -1, and ``source_image_angle`` in degrees.  Size and magnitudes remain
+        those of the source.
+    """
+    rng = np.random.default_rng(seed)
+    n, usable = len(population), np.flatnonzero(ids >= 0)
+    image = np.full(n, -1)
+    if len(usable):
+        image = np.where(rng.random(n) < fraction, rng.choice(usable, n), -1)
+    population = population.copy()
+    _add(population, "source_image", image, None, "Row of the image that the source looks like, or -1")
+    _add(
+        population, "source_image_angle", rng.uniform(0, 360, n), u.deg, "Rotation of that image, from x to y"
+    )
+    population["source_id"] = np.where(image >= 0, ids[image], population["source_id"])
+    return population
+
+
+def complete_lens_population(table: Table, *, bands: Sequence[str], seed: int) -> Table:
+    """Return lenses of a catalogue with all columns that rendering needs.
+
+    Parameters
+    ----------
+    table
+        A row a lens with ``einstein_radius`` and ``source_half_light_radius``
+        in arcsec, and ``source_mag_<band>`` and ``lens_mag_<band>`` in AB
+        magnitudes.  Other columns of `sample_lens_population` are used where
+        they are there.
+    bands
+        Bands of the magnitudes.
+    seed
+        Seed of what is drawn: orientations, and positions of sources where
+        they are multiply imaged with a magnification of 3 or more.
+
+    Returns
+    -------
+    population
+        The lenses, round and without shear, with round exponential sources
+        without knots where the table does not say otherwise.
+
+    Raises
+    ------
+    ValueError
+        Raised if needed columns are missing, or values make no sense.
+    """
+    magnitudes = [f"{kind}_mag_{band}" for kind in ("lens", "source") for band in bands]
+    needed = ["einstein_radius", "source_half_light_radius", *magnitudes]
+    if missing := sorted(set(needed) - set(table.colnames)):
+        raise ValueError(f"The catalogue of lenses has no columns {missing}.")
+    n, rng = len(table), np.random.default_rng(seed)
+    defaults = {
+        "source_id": np.arange(n),
+        "axis_ratio": np.ones(n),
+        "position_angle": rng.uniform(0, 180, n),
+        "gamma1": np.zeros(n),
+        "gamma2": np.zeros(n),
+        "source_axis_ratio": np.ones(n),
+        "source_position_angle": rng.uniform(0, 180, n),
+        "source_sersic_index": np.ones(n),
+        **{f"source_knot_{name}": np.zeros((n, 1)) for name in ("x", "y", "flux")},
+    }
+    population = Table({name: np.asarray(table[name], dtype=np.float64) for name in needed})
+    for name, values in defaults.items():
+        population[name] = np.asarray(table[name]) if name in table.colnames else values
+    positive = ("einstein_radius", "source_half_light_radius", "axis_ratio", "source_axis_ratio")
+    for name in population.colnames:
+        values = population[name]
+        if not np.isfinite(values).all() or (name in positive and (values <= 0).any()):
+            raise ValueError(f"The column {name} of the catalogue of lenses has values that make no sense.")
+    if {"source_x", "source_y"} <= set(table.colnames):
+        for name in ("source_x", "source_y"):
+            population[name] = np.asarray(table[name], dtype=np.float64)
+    else:
+        _add_source_positions(population, rng, shrink=2.0 / 3.0)
+    return population

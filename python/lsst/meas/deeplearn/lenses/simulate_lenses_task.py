@@ -26,8 +26,9 @@ from __future__ import annotations
 
 __all__ = ("NonLensConfig", "SimulateLensesConfig", "SimulateLensesConnections", "SimulateLensesTask")
 
+import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import astropy.units as u
 import numpy as np
@@ -45,6 +46,7 @@ from lsst.pex.config import (
     RangeField,
 )
 from lsst.pipe.base import (
+    InvalidQuantumError,
     NoWorkFound,
     PipelineTask,
     QuantumContext,
@@ -57,6 +59,9 @@ from ..cutouts import CutoutExtractor, Cutouts
 from ..inference import torch_threads
 from ..object_selection import SelectionError, column_names, select_objects
 from ..patch_inputs import PATCH_DIMENSIONS, PatchConfig, PatchConnections, compute_seed, read_objects
+
+if TYPE_CHECKING:
+    from .source_images import SourceImages
 
 SPLITS = ("train", "validation", "calibration", "test")
 """Values of the column ``split``: to train, to choose epochs and settings, to
@@ -84,8 +89,26 @@ class SimulateLensesConnections(
     dimensions=PATCH_DIMENSIONS,
     defaultTemplates={"outputName": "lens"},
 ):
-    """Datasets that `SimulateLensesTask` reads and writes."""
+    """Datasets that `SimulateLensesTask` reads and writes.
 
+    Parameters
+    ----------
+    config
+        Configuration of the task.
+    """
+
+    source_images = cT.PrerequisiteInput(
+        doc="Images of galaxies that are lensed (SourceImages.to_table), if sourceImageFraction is not 0.",
+        name="lens_source_images",
+        storageClass="ArrowAstropy",
+        dimensions=(),
+    )
+    lens_population = cT.PrerequisiteInput(
+        doc="Catalogue of lenses (complete_lens_population says what columns it needs), if useLensCatalog.",
+        name="lens_population",
+        storageClass="ArrowAstropy",
+        dimensions=(),
+    )
     examples = cT.Output(
         doc="Stamps of galaxies with and without lensed arcs, a row each: those of Cutouts.to_table, and "
         "what is known of each (label, kind, truth of the arcs, split).",
@@ -95,6 +118,13 @@ class SimulateLensesConnections(
     )
 
     config: SimulateLensesConfig
+
+    def __init__(self, *, config: SimulateLensesConfig):
+        super().__init__(config=config)
+        if config.sourceImageFraction == 0:
+            del self.source_images
+        if not config.useLensCatalog:
+            del self.lens_population
 
 
 class NonLensConfig(Config):
@@ -196,6 +226,20 @@ class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnec
         dtype=float, doc="Smallest magnification of the source as a whole.", default=3.0, min=1.0
     )
 
+    useLensCatalog = Field[bool](
+        doc="Take lenses from the dataset lens_population instead of the prior?  Each of its sources goes "
+        "into one split.",
+        default=False,
+    )
+    sourceImageFraction = RangeField(
+        dtype=float,
+        doc="Fraction of the sources that look like images of the dataset lens_source_images; the others are "
+        "Sersic profiles, half of them with knots.  Each image goes into one split.",
+        default=0.0,
+        min=0.0,
+        max=1.0,
+    )
+
     # Non-lenses.
     nonLenses = ConfigDictField(
         doc="Kinds of non-lenses, by the name that goes into the column 'kind'.",
@@ -292,6 +336,15 @@ class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnec
             raise FieldValidationError(self.__class__.hostSelection, self, str(err)) from err
 
     @property
+    def split_fractions(self) -> dict[str, float]:
+        """Fractions of the splits, but for the training."""
+        return {
+            "validation": self.validationFraction,
+            "calibration": self.calibrationFraction,
+            "test": self.testFraction,
+        }
+
+    @property
     def selections(self) -> list[list[str]]:
         """The selections of hosts and of all kinds of non-lenses."""
         return [list(self.hostSelection), *(list(kind.selection) for kind in self.nonLenses.values())]
@@ -324,10 +377,29 @@ class SimulateLensesTask(PipelineTask):
             inputs["objects"], self.config, self._list_columns(), patch=int(data_id["patch"])
         )
         seed = compute_seed(data_id["skymap"], data_id["tract"], data_id["patch"], self.config.seed)
-        outputs = self.run(coadd, objects, seed=seed, num_cores=butlerQC.resources.num_cores)
+        try:
+            outputs = self.run(
+                coadd,
+                objects,
+                seed=seed,
+                num_cores=butlerQC.resources.num_cores,
+                source_images=inputs.get("source_images"),
+                lens_population=inputs.get("lens_population"),
+            )
+        except SourceError as err:
+            raise InvalidQuantumError(str(err)) from err
         butlerQC.put(outputs, outputRefs)
 
-    def run(self, coadd: MultibandCoadd, objects: Table, *, seed: int = 0, num_cores: int = 1) -> Struct:
+    def run(
+        self,
+        coadd: MultibandCoadd,
+        objects: Table,
+        *,
+        seed: int = 0,
+        num_cores: int = 1,
+        source_images: Table | None = None,
+        lens_population: Table | None = None,
+    ) -> Struct:
         """Make the examples of a patch.
 
         Parameters
@@ -340,6 +412,11 @@ class SimulateLensesTask(PipelineTask):
             Seed of the simulation.
         num_cores
             Threads that may be used.
+        source_images
+            Images of galaxies (`SourceImages.to_table`), if sources are to
+            look like them.
+        lens_population
+            Lenses to take instead of those of the prior.
 
         Returns
         -------
@@ -355,6 +432,8 @@ class SimulateLensesTask(PipelineTask):
         lsst.pipe.base.NoWorkFound
             Raised if no galaxy of the patch can be a host, or no arc on it
             is bright enough.
+        SourceError
+            Raised if images or catalogue do not have what is needed.
         """
         rng = np.random.default_rng(seed)
         extractor = CutoutExtractor(
@@ -369,7 +448,8 @@ class SimulateLensesTask(PipelineTask):
             raise NoWorkFound("No galaxy of this patch satisfies hostSelection with usable pixels.")
         with torch_threads(num_cores):
             gain = self._find_gain(coadd)
-            lenses = self._make_lenses(host_cutouts, hosts, gain, rng)
+            sources = _Sources.make(self.config, lens_population, source_images, rng)
+            lenses = self._make_lenses(host_cutouts, hosts, sources, gain, rng)
             if len(lenses) == 0:
                 raise NoWorkFound(
                     f"No arc on any of {len(hosts)} hosts has a signal to noise of {self.config.minArcSnr}."
@@ -386,14 +466,7 @@ class SimulateLensesTask(PipelineTask):
                     cutouts, table = self._extract(extractor, table[chosen])
                 parts.append(self._make_non_lenses(name, kind.painter, cutouts, table, number, gain, rng))
         examples = vstack(parts, metadata_conflicts="silent")
-        examples["split"][:] = compute_split(
-            np.asarray(examples["ra"]),
-            np.asarray(examples["dec"]),
-            validation=self.config.validationFraction,
-            calibration=self.config.calibrationFraction,
-            test=self.config.testFraction,
-            block_size=self.config.blockSize,
-        )
+        examples["split"][:] = self._compute_split(np.asarray(examples["ra"]), np.asarray(examples["dec"]))
         examples["seed"][:] = seed
         counts = {str(kind): int((examples["kind"] == kind).sum()) for kind in np.unique(examples["kind"])}
         self.metadata["seed"] = seed
@@ -438,24 +511,26 @@ class SimulateLensesTask(PipelineTask):
         return gain
 
     def _make_lenses(
-        self, cutouts: Cutouts, hosts: Table, gain: Mapping[str, float], rng: np.random.Generator
+        self,
+        cutouts: Cutouts,
+        hosts: Table,
+        sources: _Sources,
+        gain: Mapping[str, float],
+        rng: np.random.Generator,
     ) -> Table:
         """Return the stamps of hosts with arcs on them."""
-        from .lens_population import choose_hosts
         from .simulation import paint_lenses
 
-        lenses = self._draw_lenses(self.config.arcsPerHost * len(hosts), rng)
-        magnitudes = {band: self._compute_magnitudes(hosts, band) for band in self.config.bands}
-        chosen = choose_hosts(
-            lenses, magnitudes, seed=int(rng.integers(2**62)), max_lenses=self.config.arcsPerHost
-        )
-        lenses, chosen = lenses[chosen >= 0], chosen[chosen >= 0]
-        lenses = self._align(lenses, hosts[chosen], rng)
+        lenses, chosen = self._match(cutouts, hosts, sources, rng)
         parts: list[Table] = []
         # In chunks, to stop as soon as there are enough.
         for rows in np.array_split(np.arange(len(lenses)), len(lenses) // 500 + 1):
             painted, truth = paint_lenses(
-                cutouts[chosen[rows]], lenses[rows], gain=gain, seed=int(rng.integers(2**62))
+                cutouts[chosen[rows]],
+                lenses[rows],
+                images=sources.images,
+                gain=gain,
+                seed=int(rng.integers(2**62)),
             )
             bright = np.asarray(truth["arc_snr"] >= self.config.minArcSnr)
             bright &= np.asarray(truth["magnification"] >= self.config.minMagnification)
@@ -466,17 +541,37 @@ class SimulateLensesTask(PipelineTask):
                 break
         return vstack(parts, metadata_conflicts="silent")[: self.config.maxLenses]
 
-    def _draw_lenses(self, n: int, rng: np.random.Generator) -> Table:
-        """Return lenses of the prior."""
-        from .lens_population import sample_lens_population
+    def _match(
+        self, cutouts: Cutouts, hosts: Table, sources: _Sources, rng: np.random.Generator
+    ) -> tuple[Table, np.ndarray]:
+        """Return lenses that suit hosts, and the rows of these."""
+        from .lens_population import choose_hosts
 
-        return sample_lens_population(
-            n,
-            seed=int(rng.integers(2**62)),
-            bands=self.config.bands,
-            min_einstein_radius=self.config.minEinsteinRadius,
-            max_einstein_radius=self.config.maxEinsteinRadius,
-        )
+        lenses, chosen = [], []
+        split = self._compute_split(cutouts.ra, cutouts.dec)
+        for name in SPLITS:
+            rows = np.flatnonzero(split == name)
+            if len(rows) == 0:
+                continue
+            population = sources.draw(self.config.arcsPerHost * len(rows), name, rng)
+            if len(population) == 0:
+                self.log.info("No lens of the catalogue is for %s.", name)
+                continue
+            magnitudes = {band: self._compute_magnitudes(hosts[rows], band) for band in self.config.bands}
+            index = choose_hosts(
+                population, magnitudes, seed=int(rng.integers(2**62)), max_lenses=self.config.arcsPerHost
+            )
+            lenses.append(population[index >= 0])
+            chosen.append(rows[index[index >= 0]])
+        if not lenses:
+            raise SourceError("The catalogue has no lenses within the limits on the Einstein radius.")
+        order = rng.permutation(sum(len(table) for table in lenses))
+        table, rows = vstack(lenses, metadata_conflicts="silent")[order], np.concatenate(chosen)[order]
+        return self._align(table, hosts[rows], rng), rows
+
+    def _compute_split(self, ra: np.ndarray, dec: np.ndarray) -> np.ndarray:
+        """Return the split of each position."""
+        return compute_split(ra, dec, block_size=self.config.blockSize, **self.config.split_fractions)
 
     def _align(self, lenses: Table, hosts: Table, rng: np.random.Generator) -> Table:
         """Return lenses turned as their hosts are."""
@@ -550,9 +645,86 @@ def compute_split(
     column = np.floor(ra * shrink * 3600 / block_size).astype(np.int64)
     blocks, inverse = np.unique(np.stack([row, column], axis=1), axis=0, return_inverse=True)
     place = np.array([compute_seed("split", *block) / 2**62 for block in blocks.tolist()])
+    split = _choose_split(place, validation=validation, calibration=calibration, test=test)
+    return np.asarray(split[inverse.ravel()])
+
+
+def _choose_split(place: np.ndarray, *, validation: float, calibration: float, test: float) -> np.ndarray:
+    """Return the split of numbers from 0 to 1."""
     names = np.array(["test", "validation", "calibration", "train"], dtype=SPLIT_DTYPE)
-    split = np.searchsorted(np.cumsum([test, validation, calibration]), place, side="right")
-    return np.asarray(names[split][inverse.ravel()])
+    limits = np.cumsum([test, validation, calibration])
+    return np.asarray(names[np.searchsorted(limits, place, side="right")])
+
+
+class SourceError(ValueError):
+    """Raised for images or lenses of a user that cannot be simulated."""
+
+
+@dataclasses.dataclass
+class _Sources:
+    """Where lenses and their sources come from."""
+
+    config: SimulateLensesConfig
+    catalog: Table | None
+    images: SourceImages | None
+
+    @classmethod
+    def make(
+        cls,
+        config: SimulateLensesConfig,
+        lens_population: Table | None,
+        source_images: Table | None,
+        rng: np.random.Generator,
+    ) -> _Sources:
+        """Check what the user gives."""
+        from .lens_population import complete_lens_population
+        from .source_images import SourceImages
+
+        for wanted, table, name in (
+            (config.useLensCatalog, lens_population, "lens_population"),
+            (config.sourceImageFraction > 0, source_images, "lens_source_images"),
+        ):
+            if wanted and table is None:
+                raise SourceError(f"The configuration asks for the dataset {name}, which is not there.")
+        catalog = images = None
+        try:
+            if config.useLensCatalog and lens_population is not None:
+                catalog = complete_lens_population(
+                    lens_population, bands=list(config.bands), seed=int(rng.integers(2**62))
+                )
+                radius = np.asarray(catalog["einstein_radius"])
+                catalog = catalog[(radius >= config.minEinsteinRadius) & (radius <= config.maxEinsteinRadius)]
+            if config.sourceImageFraction > 0 and source_images is not None:
+                images = SourceImages.from_table(source_images)
+        except ValueError as err:
+            raise SourceError(str(err)) from err
+        return cls(config, catalog, images)
+
+    def draw(self, n: int, split: str, rng: np.random.Generator) -> Table:
+        """Return lenses with sources that are in no other split."""
+        from .lens_population import assign_source_images, sample_lens_population
+
+        if self.catalog is None:
+            lenses = sample_lens_population(
+                n,
+                seed=int(rng.integers(2**62)),
+                bands=self.config.bands,
+                min_einstein_radius=self.config.minEinsteinRadius,
+                max_einstein_radius=self.config.maxEinsteinRadius,
+            )
+        else:
+            rows = np.flatnonzero(self._is_in(np.asarray(self.catalog["source_id"]), split))
+            lenses = self.catalog[rng.choice(rows, n)] if len(rows) else self.catalog[:0]
+        if self.images is None or len(lenses) == 0:
+            return lenses
+        ids = np.where(self._is_in(self.images.ids, split), self.images.ids, -1)
+        fraction = self.config.sourceImageFraction
+        return assign_source_images(lenses, ids, fraction=fraction, seed=int(rng.integers(2**62)))
+
+    def _is_in(self, source_ids: np.ndarray, split: str) -> np.ndarray:
+        """Return which sources belong to a split, by their IDs alone."""
+        place = np.array([compute_seed("source", source) / 2**62 for source in source_ids.tolist()])
+        return np.asarray(_choose_split(place, **self.config.split_fractions) == split)
 
 
 def _make_examples(

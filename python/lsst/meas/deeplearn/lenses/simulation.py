@@ -50,8 +50,14 @@ from astropy.table import Column, Table
 from torch import Tensor
 
 from ..cutouts import Cutouts
-from .lens_equation import compute_sersic_brightness, compute_shear_deflection, compute_sie_deflection
+from .lens_equation import (
+    compute_sersic_brightness,
+    compute_shear_deflection,
+    compute_sie_deflection,
+    rotate,
+)
 from .lens_population import compute_flux
+from .source_images import SourceImages
 
 RENDER_MARGIN = 6
 """Number of pixels beyond the edge of a stamp that are rendered."""
@@ -70,6 +76,7 @@ def render_arcs(
     pixel_scale: float,
     size: int,
     psf: np.ndarray | None = None,
+    images: SourceImages | None = None,
     oversample: int = 4,
     batch_size: int = 64,
     device: str = "cpu",
@@ -92,6 +99,8 @@ def render_arcs(
         in them, shape ``(N, B, K, K)`` with K odd.  A kernel off its centre
         moves lens and arcs alike.  If `None`, pixels hold the integral of
         the surface brightness.
+    images
+        Images of sources; see `compute_source_brightness`.
     oversample
         Even number of rays along the side of a pixel, 4 at least: an odd
         one puts a ray on the singular centre of the lens, and with it a
@@ -124,7 +133,7 @@ def render_arcs(
     """
     flux = np.stack([compute_flux(population[f"source_mag_{band}"]) for band in bands], axis=1)
     return render_light(
-        _lens_sources(population),
+        _lens_sources(population, images),
         flux,
         pixel_scale=pixel_scale,
         size=size,
@@ -200,7 +209,7 @@ def render_light(
     return image, total
 
 
-def _lens_sources(population: Table) -> Brightness:
+def _lens_sources(population: Table, images: SourceImages | None) -> Brightness:
     """Return the light of lensed sources of unit flux."""
 
     def brightness(x: Tensor, y: Tensor, part: slice) -> Tensor:
@@ -210,7 +219,7 @@ def _lens_sources(population: Table) -> Brightness:
         alpha_x, alpha_y = compute_sie_deflection(x, y, position_angle=angle, **lens)
         shear = {name: to_tensor(lenses[name], x) for name in ("gamma1", "gamma2")}
         shear_x, shear_y = compute_shear_deflection(x, y, **shear)
-        return compute_source_brightness(lenses, x - alpha_x - shear_x, y - alpha_y - shear_y)
+        return compute_source_brightness(lenses, x - alpha_x - shear_x, y - alpha_y - shear_y, images)
 
     return brightness
 
@@ -229,18 +238,66 @@ def to_tensor(values: Column | np.ndarray, like: Tensor) -> Tensor:
     return torch.tensor(array, dtype=like.dtype, device=like.device)[:, None, None]
 
 
-def compute_source_brightness(sources: Table, x: Tensor, y: Tensor) -> Tensor:
+def compute_source_brightness(
+    sources: Table, x: Tensor, y: Tensor, images: SourceImages | None = None
+) -> Tensor:
     """Return the surface brightness of sources of unit flux.
 
     Parameters
     ----------
     sources
-        Sources with the columns ``source_*`` of `sample_lens_population`.
+        Sources with the columns ``source_*`` of `sample_lens_population`, and
+        those of `assign_source_images` if there are images.
     x, y
         Positions in the source plane in arcsec from the lens, which
         broadcast to shape ``(N, S, S)``.
+    images
+        Images that sources look like whose ``source_image`` is not -1.
+
+    Raises
+    ------
+    ValueError
+        Raised for sources that need images if there are none.
     """
     x, y = x - to_tensor(sources["source_x"], x), y - to_tensor(sources["source_y"], y)
+    index = np.asarray(sources["source_image"]) if "source_image" in sources.colnames else np.array([-1])
+    if (index < 0).all():
+        return _compute_profiles(sources, x, y)
+    if images is None:
+        raise ValueError("The sources look like images, which must be given.")
+    light = torch.empty(torch.broadcast_shapes(x.shape, y.shape), dtype=x.dtype, device=x.device)
+    for rows in (np.flatnonzero(index < 0), np.flatnonzero(index >= 0)):
+        if len(rows):
+            args = sources[rows], x[rows], y[rows]
+            light[rows] = _compute_profiles(*args) if index[rows[0]] < 0 else _sample_images(*args, images)
+    return light
+
+
+def _sample_images(sources: Table, x: Tensor, y: Tensor, images: SourceImages) -> Tensor:
+    """Return the light of sources that look like images."""
+    index = np.asarray(sources["source_image"])
+    # Scaled to the size of the source; arcsec in the source plane a pixel.
+    scale = np.asarray(sources["source_half_light_radius"]) / images.half_light_radius[index]
+    pixel = to_tensor(scale * images.pixel_scale[index], x)
+    angle = to_tensor(np.deg2rad(np.asarray(sources["source_image_angle"])), x)
+    u, v = rotate(x, y, angle)
+    side = images.image.shape[-1]
+    # From -1 at the centre of the first pixel to 1 at that of the last.
+    u, v = (
+        2 * (w / pixel + to_tensor(images.center[index, k], x)) / (side - 1) - 1 for k, w in enumerate((u, v))
+    )
+    light = torch.nn.functional.grid_sample(
+        torch.from_numpy(images.image[index])[:, None].to(u),
+        torch.stack(torch.broadcast_tensors(u, v), dim=-1),
+        mode="bilinear",
+        padding_mode="zeros",
+        align_corners=True,
+    )
+    return light[:, 0] / pixel**2
+
+
+def _compute_profiles(sources: Table, x: Tensor, y: Tensor) -> Tensor:
+    """Return the light of Sersic profiles with knots."""
     radius = np.asarray(sources["source_half_light_radius"])
     knots = np.asarray(sources["source_knot_flux"])
     light = compute_sersic_brightness(
@@ -412,6 +469,7 @@ def paint_lenses(
     cutouts: Cutouts,
     population: Table,
     *,
+    images: SourceImages | None = None,
     gain: Mapping[str, float] | None = None,
     seed: int = 0,
     oversample: int = 4,
@@ -427,6 +485,8 @@ def paint_lenses(
         pixel the galaxy is.  The lens is there.
     population
         A lens for each.
+    images
+        Images of sources; see `compute_source_brightness`.
     gain
         Photo-electrons per nJy by band; see `add_light`.
     seed
@@ -456,7 +516,7 @@ def paint_lenses(
         raise ValueError("Arcs can only be painted on stamps that have a PSF in all bands.")
     flux = np.stack([compute_flux(population[f"source_mag_{band}"]) for band in cutouts.bands], axis=1)
     arcs, magnification = render_light(
-        _lens_sources(population),
+        _lens_sources(population, images),
         flux,
         pixel_scale=cutouts.pixel_scale,
         size=cutouts.size,
