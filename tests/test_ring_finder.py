@@ -134,6 +134,23 @@ def test_pixel_scale() -> None:
     np.testing.assert_allclose(results[0].alpha, results[1].alpha, rtol=0.03)
 
 
+def test_depth() -> None:
+    """The same signal to noise gives the same decision at any depth, unless
+    limits are fixed.
+    """
+    cutouts = make_cutouts([make_arc(), make_pair_of_arcs(), None, make_companion()])
+    deep = dataclasses.replace(cutouts, image=cutouts.image / 20, variance=cutouts.variance / 400)
+    result, deep_result = find_rings(cutouts), find_rings(deep)
+    assert deep_result.is_lens.tolist() == result.is_lens.tolist() == [True, True, False, False]
+    np.testing.assert_array_equal(deep_result.n_regions, result.n_regions)
+    config = RingFinderConfig()
+    config.limitNoise = 0.0
+    assert not find_rings(deep, config).is_lens.any()
+    config.limitNoise = -1.0
+    with pytest.raises(FieldValidationError, match="negative"):
+        config.validate()
+
+
 def test_psf_matching() -> None:
     """A difference of the PSFs makes an arc, unless they are matched."""
     cutouts = make_cutouts([None], host_flux=20.0, seeing={"g": 0.9, "r": 0.8, "i": 0.6}, psf_shift=0.15)

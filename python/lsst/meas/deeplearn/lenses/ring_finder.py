@@ -87,12 +87,19 @@ class RingFinderConfig(Config):
         default=0.2,
     )
     maxMagnitude = Field[float](
-        doc="Faintest AB magnitude of a region in the residual of the blue band.",
+        doc="Faintest AB magnitude of a region in the residual of the blue band, at the depth of limitNoise.",
         default=25.5,
     )
     maxSurfaceBrightness = Field[float](
-        doc="Faintest mean surface brightness (AB mag/arcsec^2) of a region in that residual.",
+        doc="Faintest mean surface brightness (AB mag/arcsec^2) of a region in that residual, at the depth "
+        "of limitNoise.",
         default=26.3,
+    )
+    limitNoise = Field[float](
+        doc="Noise (nJy) of the residual in a pixel of noisePixelScale for which these two limits hold; the "
+        "default is CFHTLS's.  At other depths they are fainter or brighter by the ratio of the noise, so "
+        "that they mean the same signal to noise.  0 keeps them as they are.",
+        default=2.8,
     )
     maxTilt = Field[float](
         doc="Largest angle (degrees) between the major axis of a region and the tangential direction.",
@@ -118,6 +125,8 @@ class RingFinderConfig(Config):
 
     def validate(self) -> None:
         super().validate()
+        if self.limitNoise < 0.0:
+            raise FieldValidationError(RingFinderConfig.limitNoise, self, "The noise must not be negative.")
         if not 0.0 <= self.innerRadius < self.outerRadius:
             raise FieldValidationError(
                 RingFinderConfig.outerRadius,
@@ -252,6 +261,10 @@ def find_rings(cutouts: Cutouts, config: RingFinderConfig | None = None) -> Ring
     * This threshold and the smallest area are for pixels of one size, that
       of CFHTLS, so that the same sky gives the same regions at any pixel
       scale.
+    * The limits on magnitude and surface brightness move with the noise.
+      They are those of CFHTLS; as they are, they would drop most of the arcs
+      that regions of ten years of LSST show (a threshold of 1.2 sigma is 27.4
+      mag/arcsec^2 there, and 26.6 in CFHTLS).
     * The axis ratio that decides about one region is that of this region;
       LensPop takes that of the last region that it looked at.
     * Bad pixels are left out, and objects without a PSF in one of the bands
@@ -458,8 +471,10 @@ def _find_arcs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the decision and the number of arcs, each of shape ``(N,)``."""
     n, size, _ = residuals.image.shape
+    noise = np.sqrt(residuals._variance.sum(axis=1))
     with np.errstate(invalid="ignore", divide="ignore"):
-        snr = residuals.image / np.sqrt(residuals._variance.sum(axis=1))
+        snr = residuals.image / noise
+    deeper = _compute_depth(noise, pixel_scale, config)
     above = snr * (config.noisePixelScale / pixel_scale) > config.snrThreshold
     labels, n_labels = ndimage.label(above, structure=IN_PLANE)
     pixels = np.flatnonzero(labels)
@@ -492,11 +507,20 @@ def _find_arcs(
             & (radius > config.innerRadius)
             & (radius < config.outerRadius)
             & (minor >= config.minMinorAxis)
-            & (AB_ZERO_POINT - 2.5 * np.log10(flux) <= config.maxMagnitude)
-            & (AB_ZERO_POINT - 2.5 * np.log10(flux / area) <= config.maxSurfaceBrightness)
+            & (AB_ZERO_POINT - 2.5 * np.log10(flux) <= config.maxMagnitude + deeper[owner])
+            & (AB_ZERO_POINT - 2.5 * np.log10(flux / area) <= config.maxSurfaceBrightness + deeper[owner])
             & (tilt <= config.maxTilt)
         )
     arcs = np.flatnonzero(is_arc)
     n_regions = np.bincount(owner[arcs], minlength=n)
     elongated = np.bincount(owner[arcs], weights=minor[arcs] < config.maxAxisRatio * major[arcs], minlength=n)
     return (n_regions >= 2) | ((n_regions == 1) & (elongated > 0)), n_regions
+
+
+def _compute_depth(noise: np.ndarray, pixel_scale: float, config: RingFinderConfig) -> np.ndarray:
+    """Return by how many magnitudes objects are deeper than the limits."""
+    if config.limitNoise == 0.0:
+        return np.zeros(len(noise))
+    good = np.where(noise > 0, noise, np.nan).reshape(len(noise), -1)
+    typical = np.array([np.nanmedian(row) if np.isfinite(row).any() else config.limitNoise for row in good])
+    return np.asarray(-2.5 * np.log10(typical * config.noisePixelScale / pixel_scale / config.limitNoise))
