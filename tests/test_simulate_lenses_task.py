@@ -39,6 +39,7 @@ from lsst.meas.deeplearn.lenses.simulate_lenses_task import (
     SimulateLensesTask,
     SourceError,
 )
+from lsst.meas.deeplearn.lenses.simulation_plots import plot_examples
 from lsst.meas.deeplearn.lenses.source_images import SourceImages
 from lsst.meas.deeplearn.tests import make_test_coadds
 from lsst.pex.config import FieldValidationError
@@ -173,3 +174,15 @@ def test_gain_makes_noise(patch: tuple[MultibandCoadd, Table]) -> None:
     assert np.max(raised, axis=0)[2] > 10.0
     with pytest.raises(FieldValidationError):
         make_config(gain={"i": -1.0}).validate()
+
+
+def test_examples_can_be_looked_at(patch: tuple[MultibandCoadd, Table]) -> None:
+    """The plot has a row for each kind, lenses first."""
+    examples = SimulateLensesTask(config=make_config()).run(*patch, seed=4).examples
+    figure = plot_examples(examples, n_each=3)
+    shown = [axes.texts[0].get_text() for axes in figure.axes if axes.texts]
+    assert shown[0] == "lens"
+    assert set(shown) == {"lens", "host", "ring", "trail"}
+    assert sum(len(axes.images) for axes in figure.axes) == 12
+    with pytest.raises(ValueError, match="no examples"):
+        plot_examples(examples[:0])
