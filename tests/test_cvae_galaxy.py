@@ -35,47 +35,16 @@ from typing import Any
 import galsim
 import numpy as np
 import pytest
-import torch
 import yaml
 from astropy.table import Table
 
 import lsst.meas.deeplearn.galaxies.cvae_galaxy
-from lsst.meas.deeplearn.galaxies.conditions import ARCHITECTURE, ConditionError, ConditionSpace
-from lsst.meas.deeplearn.galaxies.cvae import Cvae
+from lsst.meas.deeplearn.galaxies.conditions import ConditionError
 from lsst.meas.deeplearn.galaxies.cvae_galaxy import CvaeGalaxy, CvaeModel
-from lsst.meas.deeplearn.model_package import ModelPackage, ModelPackageError, ModelSettings
-from lsst.meas.deeplearn.tests import make_test_model
+from lsst.meas.deeplearn.model_package import ModelPackageError
+from lsst.meas.deeplearn.tests import make_test_galaxy_model, make_test_model
 
 PIXEL_SCALE = 0.06
-
-
-def make_test_galaxy_model(size: int = 64) -> ModelPackage:
-    """Return a model with random weights that makes lumpy galaxies."""
-    rng = np.random.default_rng(0)
-    conditions = np.column_stack(
-        [10 ** rng.uniform(-1, 0, 200), rng.uniform(18, 25, 200), rng.uniform(0.1, 2.0, 200)]
-    )
-    network = {
-        "conditions": ConditionSpace.fit(conditions).to_settings(),
-        "pixel_scale": PIXEL_SCALE,
-        "size": size,
-        "width": 2,
-        "latents": 4,
-    }
-    torch.manual_seed(3)
-    cvae = Cvae(**network)  # type: ignore[arg-type]
-    with torch.no_grad():
-        for layer in (cvae.decoder[-1], cvae.envelope[-1]):
-            layer.weight *= 20
-    return ModelPackage(
-        name="test",
-        version="1",
-        architecture=ARCHITECTURE,
-        settings=ModelSettings(
-            bands=("F814W",), pixel_scale=PIXEL_SCALE, stamp_size=size + 1, network=network
-        ),
-        weights={key: value.numpy() for key, value in cvae.state_dict().items()},
-    )
 
 
 @pytest.fixture
@@ -225,7 +194,7 @@ def test_shear_response_of_the_stamp(tmp_path: Path, half_light_radius: float) -
     To 2e-4 for an exponential disk under a ground-based PSF.
     """
     path = tmp_path / "large.safetensors"
-    make_test_galaxy_model(128).write(path)
+    make_test_galaxy_model(size=128).write(path)
     galaxy = make_galaxy(str(path), flux=1.0)
     disk = galsim.Exponential(half_light_radius=half_light_radius)
     truth = galsim.Convolve(disk, galsim.Gaussian(fwhm=0.13))

@@ -59,13 +59,26 @@ from lsst.pipe.base.testUtils import lintConnections
 PIPELINES = "eups://meas_deeplearn/pipelines"
 
 
+SMALL: dict[str, Any] = {
+    "nGalaxies": 100,
+    "size": 32,
+    "width": 2,
+    "latents": 3,
+    "textureSize": 16,
+    "textureStart": 2,
+    "flowLayers": 1,
+    "epochs": 1,
+    "batchSize": 16,
+    "maxMagnitude": 23.5,
+    "accelerator": "cpu",
+}
+"""What makes a training quick."""
+
+
 def set_small(config: Any) -> None:
     """Make a training quick."""
-    values = {"nGalaxies": 100, "size": 32, "width": 2, "latents": 3, "epochs": 1, "batchSize": 16}
-    for name, value in values.items():
+    for name, value in SMALL.items():
         setattr(config, name, value)
-    config.maxMagnitude = 23.5
-    config.accelerator = "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -242,11 +255,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_pipelines(repository: Path) -> None:
     """Both pipelines run one after the other, and a butler finds it all."""
-    config = TrainCvaeConfig()
-    set_small(config)
-    names = ["nGalaxies", "size", "width", "latents", "epochs", "batchSize", "maxMagnitude", "accelerator"]
-    small = {name: getattr(config, name) for name in names}
-    run_pipeline(repository, "train_galaxies", "models/cvae", ["test/coadds"], trainCvae=small)
+    run_pipeline(repository, "train_galaxies", "models/cvae", ["test/coadds"], trainCvae=SMALL)
     selection = ["i_psfFlux > 0"]
     butler = run_pipeline(
         repository,

@@ -24,7 +24,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -38,11 +37,9 @@ from lsst.meas.deeplearn.galaxies.cosmos import (
     COSMOS_ZERO_POINT,
     GalaxySet,
     GalaxySetError,
-    make_synthetic_set,
     read_cosmos_set,
 )
-from lsst.meas.deeplearn.galaxies.fourier import compute_transform, make_gaussian_transform
-from lsst.meas.deeplearn.galaxies.parametric import draw_parameters, make_smooth_galaxy
+from lsst.meas.deeplearn.galaxies.fourier import compute_transform
 
 DATA = Path(os.environ.get("MEAS_DEEPLEARN_GALAXY_DATA", "none"))
 """Folder with the catalogues of GalSim; tests are skipped without."""
@@ -105,19 +102,6 @@ def make_test_catalog(folder: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def synthetic() -> GalaxySet:
-    """Return forty synthetic galaxies on a small grid."""
-    return make_synthetic_set(40, seed=3, size=64, n_psfs=4, max_magnitude=23.5)
-
-
-def measure_flux_and_radius(image: np.ndarray, pixel_scale: float) -> tuple[float, float]:
-    """Return the flux of an image, and its half-light radius in arcsec."""
-    view = galsim.ImageD(np.asarray(image[1:, 1:], dtype=np.float64), scale=pixel_scale)
-    flux = view.array.sum()
-    return flux, view.calculateHLR(flux=flux)
-
-
 def compute_whiteness(galaxies: GalaxySet) -> np.ndarray:
     """Return the power of images in units of that of their noise.
 
@@ -178,55 +162,3 @@ def test_catalog_without_fits_is_refused(tmp_path: Path) -> None:
     (tmp_path / "real_galaxy_catalog_test_fits.fits").unlink()
     with pytest.raises(GalaxySetError, match="galsim_download_cosmos"):
         read_cosmos_set(path)
-
-
-def test_synthetic_truth_is_what_galsim_draws(synthetic: GalaxySet) -> None:
-    """The truth is the profile with the Gaussian PSF, drawn by GalSim."""
-    parameters = [p for p in draw_parameters(64, seed=[3, 0, 0]) if p.magnitude <= 23.5][:2]
-    smooth = make_synthetic_set(
-        2, seed=0, size=64, n_psfs=1, parameters=parameters, make_profile=make_smooth_galaxy
-    )
-    assert smooth.truth is not None
-    for truth, galaxy in zip(smooth.truth, parameters, strict=True):
-        profile = galsim.Convolve(make_smooth_galaxy(galaxy), galsim.Gaussian(fwhm=smooth.truth_fwhm))
-        expected = profile.drawImage(nx=65, ny=65, scale=0.06, method="no_pixel").array[:64, :64]
-        np.testing.assert_allclose(truth, expected, atol=0.02 * expected.max())
-
-
-def test_synthetic_images_are_truth_with_psf_and_noise(synthetic: GalaxySet) -> None:
-    """In Fourier space the image is truth times PSF, and noise."""
-    assert synthetic.truth is not None
-    size = synthetic.size
-    resolution = make_gaussian_transform(synthetic.truth_fwhm, size=size, pixel_scale=0.06)
-    psf = compute_transform(synthetic.psf)[synthetic.psf_index]
-    low = (slice(None), slice(0, 12), slice(1, 12))
-    model = compute_transform(synthetic.truth)[low] * (psf[low] / resolution[low[1:]])
-    residual = compute_transform(synthetic.image)[low] - model
-    variance = synthetic.noise_power[low[1:]] * synthetic.noise_variance[:, None, None] * size**2
-    # The border cuts off what the PSF would bring in again.
-    assert np.median((np.abs(residual) ** 2 / variance).mean(axis=(1, 2))) == pytest.approx(1, abs=0.15)
-    np.testing.assert_allclose(np.median(compute_whiteness(synthetic)), 1, atol=0.1)
-
-
-def test_synthetic_sets_follow_the_seed(synthetic: GalaxySet) -> None:
-    """The same seed makes the same set, another one another."""
-    kwargs = {"size": 32, "n_psfs": 2}
-    one, same, other = (make_synthetic_set(5, seed=seed, **kwargs) for seed in (1, 1, 2))  # type: ignore[arg-type]
-    np.testing.assert_array_equal(one.image, same.image)
-    assert not np.array_equal(one.image, other.image)
-    bare = make_synthetic_set(5, seed=1, keep_truth=False, **kwargs)  # type: ignore[arg-type]
-    np.testing.assert_array_equal(bare.image, one.image)
-    assert bare.truth is None
-    assert bare[:2].truth is None
-
-
-def test_split(synthetic: GalaxySet) -> None:
-    """Galaxies are on one side or the other, neighbours on the same."""
-    rest, held_out = synthetic.split(0.25, seed=1)
-    assert sorted([*rest.ids, *held_out.ids]) == list(range(40))
-    assert len(held_out) > 2
-    near = dataclasses.replace(synthetic, sky=np.tile([[150.01, 2.01], [150.26, 2.01]], (20, 1)))
-    for part in near.split(0.5, seed=0):
-        assert len(np.unique(part.ids % 2)) == 1
-    with pytest.raises(GalaxySetError, match="leaves a side empty"):
-        near.split(1e-9)

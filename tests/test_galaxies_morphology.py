@@ -31,7 +31,6 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp, spearmanr, wasserstein_distance
 
-from lsst.meas.deeplearn.galaxies.cosmos import make_synthetic_set
 from lsst.meas.deeplearn.galaxies.morphology import (
     STATISTICS,
     compute_asymmetry,
@@ -46,6 +45,7 @@ from lsst.meas.deeplearn.galaxies.morphology import (
     find_region,
     measure_morphology,
 )
+from lsst.meas.deeplearn.galaxies.synthetic import make_synthetic_set
 
 EVERYWHERE = np.ones((101, 101), dtype=bool)
 

@@ -24,32 +24,26 @@
 
 from __future__ import annotations
 
-__all__ = ("GalaxySet", "GalaxySetError", "make_synthetic_set", "read_cosmos_set")
+__all__ = ("GalaxySet", "GalaxySetError", "read_cosmos_set")
 
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import galsim
 import numpy as np
-from astropy.io import fits
 
 from lsst.utils.logging import PeriodicLogger
 
-from .conditions import CONDITION_NAMES
 from .fourier import (
     compute_noise_power,
     compute_transform,
     draw_noise,
-    draw_transform,
     invert_transform,
-    make_gaussian_transform,
     truncate_transform,
 )
-from .parametric import GalaxyParameters, draw_parameters, make_galaxy
 
 _LOG = logging.getLogger(__name__)
 
@@ -349,168 +343,3 @@ def _shift(transform: np.ndarray, y: float, x: float) -> np.ndarray:
     ky = np.fft.fftfreq(size, 1 / size)[:, None]
     kx = np.fft.rfftfreq(size, 1 / size)
     return transform * np.exp(1j * (ky * y + kx * x))
-
-
-def make_synthetic_set(
-    n: int,
-    *,
-    seed: int,
-    size: int = 128,
-    pixel_scale: float = 0.06,
-    truth_fwhm: float = 0.13,
-    n_psfs: int = 50,
-    noise_variance: float = COSMOS_NOISE_VARIANCE,
-    max_magnitude: float = 25.2,
-    make_profile: Callable[[GalaxyParameters], galsim.GSObject] = make_galaxy,
-    parameters: Sequence[GalaxyParameters] | None = None,
-    keep_truth: bool = True,
-) -> GalaxySet:
-    """Make galaxies of known truth as if COSMOS had observed them.
-
-    Parameters
-    ----------
-    n
-        Number of galaxies.
-    seed
-        Seed of galaxies, PSFs and noise.
-    size
-        Even number of pixels on a side.
-    pixel_scale
-        Side of a pixel in arcsec.
-    truth_fwhm
-        Width in arcsec of the PSF of the truth.
-    n_psfs
-        Number of different PSFs: those of the telescope with aberrations.
-    noise_variance
-        Variance of the noise in a pixel of 0.03 arcsec, in squared counts
-        per second; its correlation is that of COSMOS.
-    max_magnitude
-        Galaxies that are fainter are drawn anew.
-    make_profile
-        What makes a profile of unit flux from parameters; baselines of
-        `parametric` can be drawn in this way.
-    parameters
-        The galaxies, instead of those drawn from the population; ``n`` is
-        their number then.
-    keep_truth
-        Whether to keep the truth, which takes as much memory as the images.
-
-    Notes
-    -----
-    ``ids`` are consecutive numbers; positions on the sky are unknown.
-    """
-    if parameters is None:
-        parameters = _draw_to_magnitude(n, seed, max_magnitude)
-    if len(parameters) != n:
-        raise GalaxySetError(f"There are parameters of {len(parameters)} galaxies, not of {n}.")
-    rng = np.random.default_rng([seed, 2])
-    psf = make_hst_psfs(n_psfs, rng, size=size, pixel_scale=pixel_scale)
-    psf_index = rng.integers(n_psfs, size=n)
-    # The grid is doubled, so that what leaves it does not come in again.
-    wide_psf = np.stack([compute_transform(np.pad(p, size // 2)) for p in psf])
-    wide_truth = make_gaussian_transform(truth_fwhm, size=2 * size, pixel_scale=pixel_scale)
-    ratio = pixel_scale / COSMOS_PIXEL_SCALE
-    power = _resample_power(read_cosmos_correlation(), size, pixel_scale)
-    variance = noise_variance * 10 ** (
-        0.8 * (np.array([p.magnitude for p in parameters]) - COSMOS_ZERO_POINT)
-    )
-    image = np.empty((n, size, size), dtype=np.float32)
-    truth = np.empty((n, size, size), dtype=np.float32) if keep_truth else None
-    middle = slice(size // 2, size // 2 + size)
-    progress = PeriodicLogger(_LOG)
-    for i, galaxy in enumerate(parameters):
-        transform = draw_transform(make_profile(galaxy), size=2 * size, pixel_scale=pixel_scale)
-        if truth is not None:
-            truth[i] = invert_transform(transform * wide_truth)[middle, middle]
-        noise = math.sqrt(variance[i]) * draw_noise(ratio**2 * power, rng)
-        image[i] = invert_transform(transform * wide_psf[psf_index[i]])[middle, middle] + noise
-        progress.log("Made %d of %d galaxies.", i + 1, n)
-    return GalaxySet(
-        pixel_scale=pixel_scale,
-        ids=np.arange(n),
-        image=image,
-        psf=psf.astype(np.float32),
-        psf_index=psf_index,
-        noise_power=(ratio**2 * power).astype(np.float32),
-        noise_variance=variance,
-        conditions=np.array([galaxy.conditions for galaxy in parameters]).reshape(n, len(CONDITION_NAMES)),
-        sky=np.full((n, 2), np.nan),
-        truth=truth,
-        truth_fwhm=truth_fwhm if keep_truth else 0.0,
-    )
-
-
-def _draw_to_magnitude(n: int, seed: int, max_magnitude: float) -> list[GalaxyParameters]:
-    chosen: list[GalaxyParameters] = []
-    for attempt in range(1000):
-        drawn = draw_parameters(max(n, 64), seed=[seed, 0, attempt])
-        chosen += [galaxy for galaxy in drawn if galaxy.magnitude <= max_magnitude]
-        if len(chosen) >= n:
-            return chosen[:n]
-    raise GalaxySetError(f"The population has no galaxies as bright as magnitude {max_magnitude}.")
-
-
-def make_hst_psfs(n: int, rng: np.random.Generator, *, size: int, pixel_scale: float) -> np.ndarray:
-    """Make PSFs like those of the ACS camera of HST in F814W.
-
-    The pupil of 2.4 m with an obscuration of a third; random defocus,
-    astigmatism and coma of some hundredths of a wave; charge diffusion as a
-    Gaussian of 0.07 arcsec FWHM; the pixels of 0.05 arcsec and, after
-    drizzling, of 0.03 arcsec.
-
-    Parameters
-    ----------
-    n
-        Number of PSFs.
-    rng
-        Source of random numbers.
-    size
-        Even number of pixels on a side.
-    pixel_scale
-        Side of a pixel in arcsec.
-
-    Returns
-    -------
-    psf
-        Images of unit flux, shape ``(n, size, size)``.
-    """
-    detector = galsim.Convolve(galsim.Pixel(0.05), galsim.Pixel(0.03), galsim.Gaussian(fwhm=0.07))
-    fixed = draw_transform(detector, size=size, pixel_scale=pixel_scale)
-    psfs = []
-    for _ in range(n):
-        defocus, *others = rng.normal(0, [0.04, 0.02, 0.02, 0.015, 0.015]).tolist()
-        optics = galsim.OpticalPSF(
-            lam=814, diam=2.4, obscuration=0.33, defocus=defocus, astig1=others[0], astig2=others[1],
-            coma1=others[2], coma2=others[3], oversampling=1.0, pad_factor=1.0,
-        )  # fmt: skip
-        transform = draw_transform(optics, size=size, pixel_scale=pixel_scale) * fixed
-        psfs.append(invert_transform(transform / transform[0, 0].real))
-    return np.stack(psfs)
-
-
-def read_cosmos_correlation() -> np.ndarray:
-    """Read the noise correlation of COSMOS images that comes with GalSim.
-
-    Returns
-    -------
-    correlation
-        By distance in pixels of 0.03 arcsec, zero distance at the centre.
-    """
-    return np.asarray(
-        fits.getdata(Path(galsim.meta_data.share_dir) / "acs_I_unrot_sci_20_cf.fits"), dtype=np.float64
-    )
-
-
-def _resample_power(correlation: np.ndarray, size: int, pixel_scale: float) -> np.ndarray:
-    """Return the powers of COSMOS noise at the frequencies of a grid.
-
-    The correlation is summed by the definition of its transform, so that the
-    grid need not be a multiple of the pixels of COSMOS.
-    """
-    reach = correlation.shape[0] // 2
-    offsets = np.arange(-reach, reach + 1)
-    step = 2 * math.pi * COSMOS_PIXEL_SCALE
-    along_y = np.exp(-1j * step * np.outer(np.fft.fftfreq(size, pixel_scale), offsets))
-    along_x = np.exp(-1j * step * np.outer(np.fft.rfftfreq(size, pixel_scale), offsets))
-    power = (along_y @ correlation @ along_x.T).real / correlation[reach, reach]
-    return np.maximum(power, 1e-3)

@@ -19,18 +19,26 @@
 # You should have received a copy of the GNU General Public License
 # along with this program.  If not, see <https://www.gnu.org/licenses/>.
 
-
 """A conditional variational autoencoder of galaxy images.
 
 Ravanbakhsh et al. (2017, arXiv:1609.05796) and Lanusse et al. (2021, MNRAS
 504, 5543, arXiv:2008.03833): an encoder q(z|x, y), a prior p(z|y) and a
 decoder p(x|z, y) of images x with conditions y.  As in the latter, the
-decoder makes the galaxy as it is before the PSF, and the likelihood is that
-of noise that is correlated between pixels.  Unlike them, the decoder makes a
-correction to a Sersic profile, not the whole image, so that sizes and wings
-need not be learned pixel by pixel.
+decoder makes the galaxy as it is before the PSF, the likelihood is that of
+noise that is correlated between pixels, and the prior is a normalizing flow.
 
-Grids are those of `fourier`, with the origin at pixel S / 2.
+Unlike them, the decoder knows what an ellipse is.  It makes a de Vaucouleurs
+bulge and an exponential disk, and multiplies the disk by a texture, which
+convolutions make in the plane of the disk, in units of its radius.  So size
+and shape are exact on every grid, and the convolutions work on the same
+pattern whatever the size, inclination and direction of the galaxy.  There
+are two kinds of latent variables: those of the shape, which the flow
+describes given y, and independent ones for each place in the disk.  The
+second kind is what makes knots that are sharp; a few variables for the whole
+galaxy can only blur them.
+
+Grids are those of `fourier`, with the origin at pixel S / 2; everything is
+drawn in Fourier space.
 """
 
 from __future__ import annotations
@@ -39,55 +47,100 @@ __all__ = (
     "Cvae",
     "CvaeOutput",
     "Elbo",
+    "Envelope",
     "compute_elbo",
     "compute_kl_divergence",
     "compute_log_likelihood",
-    "convolve",
+    "compute_transform",
+    "invert_transform",
 )
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import galsim
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .conditions import CONDITION_NAMES, ConditionSpace
+from .flow import ConditionalFlow
 
-MAX_CHANNELS = 256
-"""Largest number of channels of a convolution."""
+ENVELOPE_PARAMETERS = 8
+"""Radii of disk and bulge, bulge fraction, two components of ellipticity,
+roundness of the bulge, and the position."""
 
-MAX_CORRECTION = 6.0
-"""Largest logarithm of the factor on the Sersic profile."""
+MAX_ELLIPTICITY = 0.92
+"""Largest (1 - q) / (1 + q) of a disk."""
 
-SOFTENING = 0.4
-"""Radius in pixels within which the Sersic profile is flat."""
+MAX_TEXTURE = 5.0
+"""Largest logarithm of the factor on the disk."""
 
-ENVELOPE_PARAMETERS = 6
-"""Radius, index, two components of ellipticity and the position."""
+TEXTURE_REACH = 3.6
+"""Half of the side of the texture in half-light radii of the disk."""
+
+SHAPE_REACH = 4.0
+"""Half of the side of what the first encoder sees, in half-light radii."""
+
+SHAPE_SIZE = 48
+"""Pixels on a side of what the first encoder sees."""
+
+CELL = 4
+"""Pixels of the texture on a side of the cells that have latents."""
+
+EXPONENTIAL_HALF_LIGHT_RADIUS = 1.6783469900166605
+"""Half-light radius of an exponential disk in units of its scale length."""
 
 N_CONDITIONS = len(CONDITION_NAMES)
+
+
+class Envelope(NamedTuple):
+    """Bulges and disks of a batch; lengths are in arcsec, shapes ``(N,)``."""
+
+    disk_radius: Tensor
+    """Half-light radius of the circle with the area of the ellipse."""
+
+    bulge_radius: Tensor
+    """The same of the bulge."""
+
+    bulge_fraction: Tensor
+    """Fraction of the flux in the bulge."""
+
+    disk_axis_ratio: Tensor
+    """Minor over major axis."""
+
+    bulge_axis_ratio: Tensor
+    """The same of the bulge."""
+
+    angle: Tensor
+    """Direction of the major axes in radians, counter-clockwise from x."""
+
+    x: Tensor
+    """Position of the centre."""
+
+    y: Tensor
+    """Position of the centre."""
 
 
 class CvaeOutput(NamedTuple):
     """What the network makes of a batch."""
 
-    brightness: Tensor
-    """Fluxes of the galaxies before the PSF at the centres of pixels, all
-    positive, their sum 1, shape ``(N, S, S)``."""
+    transform: Tensor
+    """Transforms of the galaxies before the PSF, for a flux of 1, shape
+    ``(N, S, S / 2 + 1)``."""
 
     mean: Tensor
-    """Means of q(z|x, y), shape ``(N, Z)``."""
+    """Means of the latent variables of the shape in q(z|x, y), shape
+    ``(N, Z)``."""
 
-    log_variance: Tensor
-    """Logarithms of its variances, shape ``(N, Z)``."""
+    shape_divergence: Tensor
+    """KL divergence of these variables from their prior, estimated by the
+    one draw of them, shape ``(N,)``."""
 
-    prior_mean: Tensor
-    """Means of p(z|y), shape ``(N, Z)``."""
-
-    prior_log_variance: Tensor
-    """Logarithms of its variances, shape ``(N, Z)``."""
+    texture_divergence: Tensor
+    """KL divergence of the variables of the texture, shape ``(N,)``."""
 
 
 class Elbo(NamedTuple):
@@ -103,9 +156,6 @@ class Elbo(NamedTuple):
 class Cvae(nn.Module):
     """The network.
 
-    Strided 5x5 convolutions bring the image to 4x4 maps, transposed 4x4
-    convolutions bring these back to the grid.
-
     Parameters
     ----------
     conditions
@@ -115,15 +165,27 @@ class Cvae(nn.Module):
     in_bands
         Number of bands; only 1 is possible.
     size
-        Pixels S on a side of the grid, a power of 2.
+        Even number of pixels S on a side of the grid.
     width
-        Channels of the first convolution; each further one has twice as
-        many, up to 256.
+        Channels of the narrowest convolutions.
     latents
-        Number Z of latent variables.
+        Number Z of latent variables of the shape.
+    texture_size
+        Pixels on a side of the texture, a multiple of 4.
+    texture_latents
+        Number of latent variables in each cell of 4 x 4 of them.
+    texture_scale
+        Standard deviation with which those are drawn for new galaxies; 1 is
+        the prior.
+    texture_start
+        Number of training steps before there is any texture, so that bulge
+        and disk do what they can.
+    flow_layers
+        Number of layers of the flow that is the prior of the shape; 0 is a
+        Gaussian.
     output_fwhm
         Width in arcsec of the Gaussian that smooths generated galaxies to
-        what the pixels can hold; see `generate`.
+        what the pixels can hold; see `smooth`.
 
     Raises
     ------
@@ -138,40 +200,63 @@ class Cvae(nn.Module):
         pixel_scale: float,
         in_bands: int = 1,
         size: int = 128,
-        width: int = 32,
-        latents: int = 32,
+        width: int = 16,
+        latents: int = 16,
+        texture_size: int = 64,
+        texture_latents: int = 2,
+        texture_scale: float = 1.0,
+        texture_start: int = 1000,
+        flow_layers: int = 8,
         output_fwhm: float = 0.13,
     ) -> None:
         super().__init__()
-        levels = round(math.log2(size)) - 2
-        if in_bands != 1 or 4 * 2**levels != size or min(levels, width, latents) < 1:
+        if (
+            in_bands != 1
+            or size < 16
+            or size % 2
+            or texture_size % CELL
+            or min(width, latents - 1, texture_size, texture_latents) < 1
+        ):
             raise ValueError(
                 f"There is no network with in_bands={in_bands}, size={size}, width={width}, "
-                f"latents={latents}; it has one band and a size that is a power of 2, at least 8."
+                f"latents={latents}, texture_size={texture_size}, "
+                f"texture_latents={texture_latents}; it has one band, an even "
+                "size of at least 16, two latents and a texture size that is a multiple of 4."
             )
         if not output_fwhm > 1.5 * pixel_scale:
             raise ValueError(
                 f"Pixels of {pixel_scale} arcsec cannot hold galaxies of {output_fwhm} arcsec resolution; "
                 "output_fwhm must be larger than 1.5 pixels."
             )
+        self.steps: Tensor
         self.condition_space = ConditionSpace.from_settings(conditions)
-        self.size, self.pixel_scale, self.latents, self.output_fwhm = size, pixel_scale, latents, output_fwhm
-        channels = [min(width * 2**level, MAX_CHANNELS) for level in range(levels)]
-        # Image, PSF, noise and conditions.
-        self.encoder = _make_encoder(3 + N_CONDITIONS, channels)
-        self.posterior = nn.Linear(16 * channels[-1], 2 * latents)
-        self.prior = nn.Sequential(nn.Linear(N_CONDITIONS, 128), nn.ELU(), nn.Linear(128, 2 * latents))
+        self.size, self.pixel_scale, self.output_fwhm = size, pixel_scale, output_fwhm
+        self.latents, self.texture_scale = latents, texture_scale
+        self.texture_start = texture_start
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.texture_shape = (texture_latents, texture_size // CELL, texture_size // CELL)
+        context = latents + N_CONDITIONS
+        self.shape_encoder = _ShapeEncoder(width, latents)
+        self.texture_encoder = _TextureEncoder(width, context + 1, texture_latents)
+        self.prior = ConditionalFlow(latents, N_CONDITIONS, layers=flow_layers)
         self.envelope = nn.Sequential(
-            nn.Linear(latents + N_CONDITIONS, 128), nn.ELU(), nn.Linear(128, ENVELOPE_PARAMETERS)
+            nn.Linear(context, 128),
+            nn.SiLU(),
+            nn.Linear(128, 128),
+            nn.SiLU(),
+            nn.Linear(128, ENVELOPE_PARAMETERS),
         )
-        self.expand = nn.Linear(latents + N_CONDITIONS, 16 * channels[-1])
-        self.decoder = _make_decoder([*channels[::-1], width])
-        # Prior and correction start out neutral.
-        for layer in (self.prior[-1], self.envelope[-1], self.decoder[-1]):
+        self.texture = _TextureDecoder(width, context, texture_latents)
+        for layer in (self.envelope[-1], self.texture.last):
             assert isinstance(layer, nn.Linear | nn.Conv2d)
-            nn.init.normal_(layer.weight, std=1e-2)
             assert layer.bias is not None
+            nn.init.normal_(layer.weight, std=1e-2)
             nn.init.zeros_(layer.bias)
+
+    @property
+    def n_latents(self) -> int:
+        """Number of all latent variables."""
+        return self.latents + math.prod(self.texture_shape)
 
     def forward(
         self,
@@ -194,182 +279,335 @@ class Cvae(nn.Module):
         conditions
             Scaled conditions, shape ``(N, 3)``.
         latent_noise
-            Normal deviates from which z is made, shape ``(N, Z)``; drawn
-            from the generator of torch by default.
+            Normal deviates from which z is made, shape
+            ``(N, n_latents)``; drawn from the generator of torch by default.
         """
-        mean, log_variance = self.encode(image, psf, noise, conditions)
         if latent_noise is None:
-            latent_noise = torch.randn_like(mean)
-        z = mean + torch.exp(0.5 * log_variance) * latent_noise
-        return CvaeOutput(self.decode(z, conditions), mean, log_variance, *self.compute_prior(conditions))
-
-    def encode(self, image: Tensor, psf: Tensor, noise: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log variance of q(z|x, y), each ``(N, Z)``.
-
-        Parameters
-        ----------
-        image, psf, noise, conditions
-            As for `forward`.
-        """
+            latent_noise = torch.randn(len(image), self.n_latents, device=image.device)
+        shape_noise, texture_noise = self._split(latent_noise)
+        radius = self._compute_radius(conditions)
         scalars = torch.cat([torch.log10(noise)[:, None] + 3, conditions], dim=1)
-        planes = scalars[:, :, None, None].expand(-1, -1, self.size, self.size)
-        # Linear for noise, logarithmic for the peaks of bright galaxies.
-        stretched = torch.asinh(image / noise[:, None, None])
-        scaled_psf = psf / psf.amax(dim=(1, 2), keepdim=True)
-        x = torch.cat([stretched[:, None], scaled_psf[:, None], planes], dim=1)  # (N, 6, S, S)
-        mean, log_variance = self.posterior(self.encoder(x).flatten(1)).float().chunk(2, dim=1)
-        return mean, log_variance.clamp(-12, 6)
+        seen = self._zoom(image, psf, noise, radius)
+        mean, log_variance = self.shape_encoder(seen, scalars)
+        shape = mean + torch.exp(0.5 * log_variance) * shape_noise
+        context = torch.cat([shape, conditions], dim=1)
+        envelope = self._make_envelope(context, radius)
+        smooth = self._draw_envelope(envelope)
+        # One draw of z for the flow, which has no closed form.
+        log_posterior = -0.5 * (shape_noise**2 + log_variance + math.log(2 * math.pi)).sum(dim=1)
+        shape_divergence = log_posterior - self.prior.compute_log_density(shape, conditions)
+        if self.training:
+            self.steps += 1
+        if self.steps <= self.texture_start:
+            return CvaeOutput(smooth[0] + smooth[1], mean, shape_divergence, torch.zeros_like(radius))
+        with torch.no_grad():
+            observed = invert_transform(smooth[0] + smooth[1], compute_transform(psf))
+            residual = self._deproject(image, observed, noise, envelope)
+        texture_mean, texture_log_variance = self.texture_encoder(
+            residual, torch.cat([context, scalars[:, :1]], dim=1)
+        )
+        texture = texture_mean + torch.exp(0.5 * texture_log_variance) * texture_noise
+        zeros = torch.zeros_like(texture_mean)
+        return CvaeOutput(
+            transform=self._add_texture(envelope, smooth, self.texture(texture, context)),
+            mean=mean,
+            shape_divergence=shape_divergence,
+            texture_divergence=compute_kl_divergence(
+                *(part.flatten(1) for part in (texture_mean, texture_log_variance, zeros, zeros))
+            ),
+        )
 
-    def compute_prior(self, conditions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log variance of p(z|y), each ``(N, Z)``.
+    def decode(
+        self, shape: Tensor, texture: Tensor, conditions: Tensor, orientation: Tensor | None = None
+    ) -> Tensor:
+        """Return the transforms of galaxies before the PSF.
 
         Parameters
         ----------
+        shape
+            Latent variables of the shape, shape ``(N, Z)``.
+        texture
+            Those of the texture, shape ``(N, *texture_shape)``.
         conditions
             Scaled conditions, shape ``(N, 3)``.
-        """
-        mean, log_variance = self.prior(conditions).float().chunk(2, dim=1)
-        return mean, log_variance.clamp(-12, 6)
-
-    def decode(self, z: Tensor, conditions: Tensor) -> Tensor:
-        """Return the galaxies before the PSF.
-
-        Parameters
-        ----------
-        z
-            Latent variables, shape ``(N, Z)``.
-        conditions
-            Scaled conditions, shape ``(N, 3)``.
+        orientation
+            Angle in radians by which to turn galaxies counter-clockwise,
+            after mirroring them about the x axis if it is negative, shape
+            ``(N,)``; by default they are left as they are.
 
         Returns
         -------
-        brightness
-            Positive fluxes at the centres of pixels, their sum 1, shape
-            ``(N, S, S)``.
+        transform
+            As of `fourier.compute_transform`, for a flux of 1, shape
+            ``(N, S, S / 2 + 1)``.
         """
-        inputs = torch.cat([z, conditions], dim=1)
-        maps = functional.elu(self.expand(inputs)).view(len(z), -1, 4, 4)
-        correction = self.decoder(maps)[:, 0].float()  # (N, S, S)
-        correction = MAX_CORRECTION * torch.tanh(correction / MAX_CORRECTION)
-        log_envelope = self._compute_log_envelope(self.envelope(inputs).float(), conditions.float())
-        total = (log_envelope + correction).flatten(1)
-        return torch.softmax(total, dim=1).view(-1, self.size, self.size)
+        context = torch.cat([shape, conditions], dim=1)
+        envelope = self._make_envelope(context, self._compute_radius(conditions))
+        factor = self.texture(texture, context)
+        if orientation is not None:
+            sign = torch.where(orientation < 0, -1.0, 1.0)
+            cos, sin = torch.cos(orientation), torch.sin(orientation)
+            x, y = envelope.x, sign * envelope.y
+            envelope = envelope._replace(
+                angle=sign * envelope.angle + orientation, x=cos * x - sin * y, y=sin * x + cos * y
+            )
+            factor = torch.where((sign < 0)[:, None, None, None], factor.flip(-2), factor)
+        return self._add_texture(envelope, self._draw_envelope(envelope), factor)
 
-    def _compute_log_envelope(self, parameters: Tensor, conditions: Tensor) -> Tensor:
-        """Return the logarithm of Sersic profiles, up to a constant.
-
-        The radius is that of the condition times a factor; ellipticity is
-        (1 - q) / (1 + q).
-        """
-        radius, index, e1, e2, dx, dy = (p[:, None, None] for p in parameters.unbind(dim=1))
-        space = self.condition_space
-        log_radius = (conditions[:, 0] * space.scale[0] + space.mean[0])[:, None, None]
-        # Within a factor of three of what was asked for.
-        radius = 10**log_radius / self.pixel_scale * torch.exp(1.1 * torch.tanh(radius))
-        index = torch.exp(0.2 + 1.4 * torch.tanh(index))  # 0.3 to 5; 1.2 at first
-        grid = torch.arange(self.size, device=parameters.device) - self.size // 2
-        # Centroids are known to a fraction of the size.
-        x = grid[None, None, :] - 0.5 * radius * torch.tanh(dx)
-        y = grid[None, :, None] - 0.5 * radius * torch.tanh(dy)
-        norm = torch.sqrt(e1**2 + e2**2 + 1e-12)
-        shrink = 0.9 * torch.tanh(norm) / norm
-        e1, e2 = shrink * e1, shrink * e2
-        square = 1 + e1**2 + e2**2
-        r2 = (square - 2 * e1) * x**2 + (square + 2 * e1) * y**2 - 4 * e2 * x * y
-        r2 = r2 / (1 - e1**2 - e2**2) + SOFTENING**2
-        # The first terms of b suffice; the rest is absorbed in the radius.
-        return -(2 * index - 1 / 3) * (r2 / radius**2) ** (0.5 / index)
-
-    def generate(self, conditions: Tensor, latent_noise: Tensor) -> Tensor:
-        """Return new galaxies without PSF and noise.
-
-        They are smoothed by a Gaussian of ``output_fwhm``, so that they can
-        be interpolated between pixels; no noise of the training images and
-        nothing negative is in them.
+    def sample(self, conditions: Tensor, latent_noise: Tensor, orientation: Tensor | None = None) -> Tensor:
+        """Decode latent variables drawn from p(z|y).
 
         Parameters
         ----------
         conditions
             Scaled conditions, shape ``(N, 3)``.
         latent_noise
-            Normal deviates, shape ``(N, Z)``.
+            Normal deviates, shape ``(N, n_latents)``.
+        orientation
+            As for `decode`.
+
+        Returns
+        -------
+        transform
+            As from `decode`.
+        """
+        shape_noise, texture_noise = self._split(latent_noise)
+        shape = self.prior.sample(shape_noise, conditions)
+        return self.decode(shape, self.texture_scale * texture_noise, conditions, orientation)
+
+    def smooth(self, transform: Tensor) -> Tensor:
+        """Convolve with the Gaussian of ``output_fwhm``.
+
+        So galaxies can be interpolated between pixels; no noise of the
+        training images is in them.
+
+        Parameters
+        ----------
+        transform
+            What `decode` returns, shape ``(N, S, S / 2 + 1)``.
 
         Returns
         -------
         image
-            Flux in each pixel, their sum 1, shape ``(N, S, S)``.
+            Flux in each pixel, shape ``(N, S, S)``.
         """
-        return self.smooth(self.sample(conditions, latent_noise))
+        sigma = self.output_fwhm / (2 * math.sqrt(2 * math.log(2)))
+        ky, kx = self._make_wave_numbers(transform.device)
+        return invert_transform(transform, torch.exp(-0.5 * sigma**2 * (kx**2 + ky**2)))
 
-    def sample(self, conditions: Tensor, latent_noise: Tensor) -> Tensor:
-        """Decode latent variables drawn from p(z|y).
+    def _split(self, latent_noise: Tensor) -> tuple[Tensor, Tensor]:
+        shape, texture = latent_noise.split([self.latents, math.prod(self.texture_shape)], dim=1)
+        return shape, texture.view(-1, *self.texture_shape)
 
-        Parameters
-        ----------
-        conditions, latent_noise
-            As for `generate`.
+    def _compute_radius(self, conditions: Tensor) -> Tensor:
+        """Return the half-light radius in arcsec of scaled conditions."""
+        space = self.condition_space
+        return 10 ** (conditions[:, 0].float() * space.scale[0] + space.mean[0])
 
-        Returns
-        -------
-        brightness
-            As from `decode`.
+    def _make_envelope(self, context: Tensor, radius: Tensor) -> Envelope:
+        """Turn what the network says into bulges and disks."""
+        p = self.envelope(context).float().unbind(dim=1)
+        norm = torch.sqrt(p[3] ** 2 + p[4] ** 2 + 1e-8)
+        g = MAX_ELLIPTICITY * torch.tanh(norm)
+        bulge_g = g * torch.sigmoid(p[5])
+        return Envelope(
+            # Within factors of 5 of each other.
+            disk_radius=radius * torch.exp(0.2 + 1.5 * torch.tanh(p[0] / 1.5)),
+            bulge_radius=radius * torch.exp(-0.6 + 2 * torch.tanh(p[1] / 2)),
+            bulge_fraction=torch.sigmoid(p[2] - 1),
+            disk_axis_ratio=(1 - g) / (1 + g),
+            bulge_axis_ratio=(1 - bulge_g) / (1 + bulge_g),
+            angle=0.5 * torch.atan2(p[4], p[3] + 1e-8),
+            x=0.3 * radius * torch.tanh(p[6]),
+            y=0.3 * radius * torch.tanh(p[7]),
+        )
+
+    def _make_wave_numbers(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        ky = 2 * math.pi * torch.fft.fftfreq(self.size, self.pixel_scale, device=device)[:, None]
+        kx = 2 * math.pi * torch.fft.rfftfreq(self.size, self.pixel_scale, device=device)
+        return ky, kx
+
+    def _draw_envelope(self, envelope: Envelope) -> tuple[Tensor, Tensor]:
+        """Return the transforms of bulges and disks, each of its flux."""
+        e = Envelope(*(part[:, None, None] for part in envelope))
+        ky, kx = self._make_wave_numbers(envelope.x.device)
+        cos, sin = torch.cos(e.angle), torch.sin(e.angle)
+        major, minor = (sin * ky + cos * kx) ** 2, (cos * ky - sin * kx) ** 2
+        scale = (e.disk_radius / EXPONENTIAL_HALF_LIGHT_RADIUS) ** 2
+        square = 1 + scale * (major / e.disk_axis_ratio + minor * e.disk_axis_ratio)
+        disk = (1 - e.bulge_fraction) * torch.rsqrt(square) / square
+        square = e.bulge_radius**2 * (major / e.bulge_axis_ratio + minor * e.bulge_axis_ratio)
+        bulge = e.bulge_fraction * _compute_bulge(square)
+        phase = -(kx * e.x + ky * e.y)
+        turn = torch.complex(torch.cos(phase), torch.sin(phase))
+        return turn * bulge, turn * disk
+
+    def _add_texture(self, envelope: Envelope, smooth: tuple[Tensor, Tensor], texture: Tensor) -> Tensor:
+        """Return the transform of bulges and textured disks.
+
+        ``texture`` has the logarithms of the factor on the disk, shape
+        ``(N, 1, texture_size, texture_size)``.
         """
-        mean, log_variance = self.compute_prior(conditions)
-        return self.decode(mean + torch.exp(0.5 * log_variance) * latent_noise, conditions)
+        bulge, disk = smooth
+        e = Envelope(*(part[:, None, None] for part in envelope))
+        offset = self.pixel_scale * (torch.arange(self.size, device=texture.device) - self.size // 2)
+        x, y = offset - e.x, offset[:, None] - e.y
+        # No gradient: the direction of a round disk is arbitrary.
+        cos, sin = torch.cos(e.angle.detach()), torch.sin(e.angle.detach())
+        root = torch.sqrt(e.disk_axis_ratio)
+        u = (cos * x + sin * y) * root / e.disk_radius
+        v = (cos * y - sin * x) / (root * e.disk_radius)
+        where = torch.stack([u, v], dim=-1).detach() / TEXTURE_REACH
+        factor = functional.grid_sample(texture.float(), where, align_corners=True)[:, 0]  # (N, S, S)
+        factor = MAX_TEXTURE * torch.tanh(factor / MAX_TEXTURE)
+        # Exponential disk of unit flux in units of its half-light radius.
+        rate = EXPONENTIAL_HALF_LIGHT_RADIUS
+        density = rate**2 / (2 * math.pi) * torch.exp(-rate * torch.sqrt(u**2 + v**2 + 1e-6))
+        excess = (self.pixel_scale / e.disk_radius) ** 2 * density * torch.expm1(factor)
+        flux = 1 + excess.sum(dim=(1, 2), keepdim=True)
+        extra = (1 - e.bulge_fraction) * compute_transform(excess)
+        return bulge + (disk + extra) / flux.clamp(min=0.05)
 
-    def smooth(self, brightness: Tensor) -> Tensor:
-        """Convolve with the Gaussian of ``output_fwhm``.
+    def _zoom(self, image: Tensor, psf: Tensor, noise: Tensor, radius: Tensor) -> Tensor:
+        """Return images and PSFs in units of the half-light radius.
 
-        Parameters
-        ----------
-        brightness
-            What `decode` returns, shape ``(N, S, S)``.
+        The image is given twice, in units of its noise and of its surface
+        brightness; shape ``(N, 3, SHAPE_SIZE, SHAPE_SIZE)``.
         """
-        sigma = self.output_fwhm / self.pixel_scale / (2 * math.sqrt(2 * math.log(2)))
-        reach = math.ceil(5 * sigma)
-        offsets = torch.arange(-reach, reach + 1, device=brightness.device, dtype=brightness.dtype)
-        kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-        kernel = kernel / kernel.sum()
-        images = functional.pad(brightness[:, None], [reach] * 4, mode="circular")
-        images = functional.conv2d(images, kernel.view(1, 1, 1, -1))
-        return functional.conv2d(images, kernel.view(1, 1, -1, 1))[:, 0]
+        steps = torch.linspace(-SHAPE_REACH, SHAPE_REACH, SHAPE_SIZE, device=image.device)
+        pixels = steps * radius[:, None] / self.pixel_scale  # (N, SHAPE_SIZE)
+        shape = (len(image), SHAPE_SIZE, SHAPE_SIZE)
+        x, y = pixels[:, None, :].expand(shape), pixels[:, :, None].expand(shape)
+        seen = self._sample_pixels(torch.stack([image, psf], dim=1), x, y)
+        area = (radius / self.pixel_scale)[:, None, None] ** 2
+        return torch.stack(
+            [
+                torch.asinh(seen[:, 0] / noise[:, None, None]),
+                torch.asinh(5 * seen[:, 0] * area),
+                seen[:, 1] / psf.amax(dim=(1, 2))[:, None, None],
+            ],
+            dim=1,
+        )
+
+    def _deproject(self, image: Tensor, smooth: Tensor, noise: Tensor, envelope: Envelope) -> Tensor:
+        """Return what is left of images in the plane of the disk.
+
+        In units of the noise, and of the noise and the smooth galaxy, shape
+        ``(N, 2, texture_size, texture_size)``.
+        """
+        e = Envelope(*(part[:, None, None] for part in envelope))
+        n = CELL * self.texture_shape[1]
+        steps = torch.linspace(-TEXTURE_REACH, TEXTURE_REACH, n, device=image.device)
+        cos, sin = torch.cos(e.angle), torch.sin(e.angle)
+        major = steps * e.disk_radius / torch.sqrt(e.disk_axis_ratio)
+        minor = steps[:, None] * e.disk_radius * torch.sqrt(e.disk_axis_ratio)
+        x, y = e.x + cos * major - sin * minor, e.y + sin * major + cos * minor
+        level = noise[:, None, None]
+        rest = image - smooth
+        planes = torch.stack([torch.asinh(rest / level), rest / (smooth.clamp(min=0) + 2 * level)], dim=1)
+        return self._sample_pixels(planes, x / self.pixel_scale, y / self.pixel_scale)
+
+    def _sample_pixels(self, planes: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Interpolate in images, ``(N, C, S, S)``, by pixels from centre."""
+        where = torch.stack([x, y], dim=-1) + self.size // 2
+        return functional.grid_sample(planes, 2 * where / (self.size - 1) - 1, align_corners=True)
 
 
-def _make_encoder(in_channels: int, channels: list[int]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for out_channels in channels:
-        layers += [
-            nn.Conv2d(in_channels, out_channels, 5, stride=2, padding=2),
-            nn.BatchNorm2d(out_channels),
-            nn.ELU(inplace=True),
-        ]
-        in_channels = out_channels
-    return nn.Sequential(*layers)
+class _ShapeEncoder(nn.Module):
+    """Means and variances of the latent variables of the shape."""
+
+    def __init__(self, width: int, latents: int) -> None:
+        super().__init__()
+        channels = [3, 2 * width, 4 * width, 6 * width]
+        self.first = nn.Linear(1 + N_CONDITIONS, 2 * width)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(i, o, 5, stride=2, padding=2) for i, o in zip(channels[:-1], channels[1:], strict=True)
+        )
+        features = channels[-1] * (SHAPE_SIZE // 8) ** 2 + 1 + N_CONDITIONS
+        self.head = nn.Sequential(
+            nn.Linear(features, 16 * width), nn.SiLU(), nn.Linear(16 * width, 2 * latents)
+        )
+
+    def forward(self, seen: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self.convolutions[0](seen) + self.first(scalars)[:, :, None, None]
+        for convolution in self.convolutions[1:]:
+            maps = convolution(functional.silu(maps))
+        features = torch.cat([functional.silu(maps).flatten(1), scalars], dim=1)
+        mean, log_variance = self.head(features).float().chunk(2, dim=1)
+        return mean, log_variance.clamp(-12, 4)
 
 
-def _make_decoder(channels: list[int]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for in_channels, out_channels in zip(channels[:-1], channels[1:], strict=True):
-        layers += [
-            nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1),
-            nn.BatchNorm2d(out_channels),
-            nn.ELU(inplace=True),
-        ]
-    return nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 5, padding=2))
+class _TextureEncoder(nn.Module):
+    """Means and variances of the latent variables of the texture."""
+
+    def __init__(self, width: int, context: int, latents: int) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(
+            [nn.Conv2d(2, width, 5, stride=2, padding=2), nn.Conv2d(width, 2 * width, 5, stride=2, padding=2)]
+        )
+        self.context = nn.Linear(context, 4 * width)
+        self.convolutions = nn.ModuleList(
+            [nn.Conv2d(2 * width + 1, 4 * width, 3, padding=1), nn.Conv2d(4 * width, 4 * width, 3, padding=1)]
+        )
+        self.head = nn.Conv2d(4 * width, 2 * latents, 1)
+
+    def forward(self, residual: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        maps = residual
+        for convolution in self.down:
+            maps = functional.silu(convolution(maps))
+        maps = self.convolutions[0](_add_radius(maps)) + self.context(context)[:, :, None, None]
+        maps = functional.silu(self.convolutions[1](functional.silu(maps)))
+        mean, log_variance = self.head(maps).float().chunk(2, dim=1)
+        return mean, log_variance.clamp(-8, 4)
 
 
-def convolve(brightness: Tensor, psf: Tensor) -> Tensor:
-    """Return galaxies as they are observed, without noise.
+class _TextureDecoder(nn.Module):
+    """Logarithm of the factor on the disk."""
 
-    Parameters
-    ----------
-    brightness
-        What `Cvae.decode` returns, shape ``(N, S, S)``.
-    psf
-        PSFs with their pixel, shape ``(N, S, S)``.
+    def __init__(self, width: int, context: int, latents: int) -> None:
+        super().__init__()
+        self.context = nn.Linear(context, 4 * width)
+        self.first = nn.Conv2d(latents + 1, 4 * width, 3, padding=1)
+        self.second = nn.Conv2d(4 * width, 4 * width, 3, padding=1)
+        self.up = nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1)
+        self.third = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        self.up_again = nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1)
+        self.last = nn.Conv2d(width, 1, 3, padding=1)
+
+    def forward(self, latents: Tensor, context: Tensor) -> Tensor:
+        maps = functional.silu(self.first(_add_radius(latents)) + self.context(context)[:, :, None, None])
+        maps = functional.silu(self.second(maps))
+        maps = functional.silu(self.up(maps))
+        maps = functional.silu(self.third(maps))
+        maps = functional.silu(self.up_again(maps))
+        result: Tensor = self.last(maps)
+        return result  # (N, 1, texture_size, texture_size)
+
+
+def _add_radius(maps: Tensor) -> Tensor:
+    """Append the distance from the centre as a channel."""
+    steps = torch.linspace(-1, 1, maps.shape[-1], device=maps.device, dtype=maps.dtype)
+    radius = torch.sqrt(steps**2 + steps[:, None] ** 2)
+    return torch.cat([maps, radius.expand(len(maps), 1, -1, -1)], dim=1)
+
+
+@functools.cache
+def _tabulate_bulge() -> Tensor:
+    """Return the transform of a de Vaucouleurs profile.
+
+    At logarithms of the squared wave number times half-light radius from -16
+    to 16 in steps of 1/16.
     """
-    transform = _compute_transform(brightness) * _compute_transform(psf)
-    return torch.fft.fftshift(torch.fft.irfft2(transform, s=brightness.shape[-2:]), dim=(-2, -1))
+    profile = galsim.DeVaucouleurs(half_light_radius=1.0)
+    return torch.tensor([profile.kValue(math.exp(i / 32), 0.0).real for i in range(-256, 257)])
+
+
+def _compute_bulge(square: Tensor) -> Tensor:
+    """Interpolate in that table, at squared wave numbers."""
+    position = (16 * torch.log(square.clamp(min=1.2e-7)) + 256).clamp(0, 511.99)
+    index = position.detach().long()
+    table = _tabulate_bulge().to(square.device)
+    return torch.lerp(table[index], table[index + 1], position - index)
 
 
 def compute_elbo(
@@ -397,14 +635,14 @@ def compute_elbo(
     flux_scatter
         As for `compute_log_likelihood`.
     """
-    transform = _compute_transform(output.brightness) * _compute_transform(psf)
     log_likelihood = compute_log_likelihood(
-        _compute_transform(image), transform, noise_power, noise_variance, flux_scatter=flux_scatter
+        compute_transform(image),
+        output.transform * compute_transform(psf),
+        noise_power,
+        noise_variance,
+        flux_scatter=flux_scatter,
     )
-    kl_divergence = compute_kl_divergence(
-        output.mean, output.log_variance, output.prior_mean, output.prior_log_variance
-    )
-    return Elbo(log_likelihood, kl_divergence)
+    return Elbo(log_likelihood, output.shape_divergence + output.texture_divergence)
 
 
 def compute_log_likelihood(
@@ -473,6 +711,38 @@ def compute_kl_divergence(
     return 0.5 * (torch.exp(difference) + distance - 1 - difference).sum(dim=1)
 
 
-def _compute_transform(image: Tensor) -> Tensor:
-    """Return the transform of images with the origin at pixel S / 2."""
+def compute_transform(image: Tensor) -> Tensor:
+    """Return the transform of images with the origin at pixel S / 2.
+
+    As `fourier.compute_transform`, for tensors and with the Nyquist
+    frequencies.
+
+    Parameters
+    ----------
+    image
+        Shape ``(N, S, S)``.
+    """
     return torch.fft.rfft2(torch.fft.ifftshift(image.float(), dim=(-2, -1)))
+
+
+def invert_transform(transform: Tensor, psf: Tensor) -> Tensor:
+    """Return galaxies as they are observed, without noise.
+
+    Parameters
+    ----------
+    transform
+        What `Cvae.decode` returns, shape ``(N, S, S / 2 + 1)``.
+    psf
+        Transforms of PSFs, which broadcast to that shape.
+
+    Returns
+    -------
+    image
+        Flux in each pixel, shape ``(N, S, S)``.
+    """
+    product = transform * psf
+    half = product.shape[-2] // 2
+    keep = torch.ones(product.shape[-2:], device=product.device)
+    keep[half] = keep[:, half] = 0
+    size = product.shape[-2]
+    return torch.fft.fftshift(torch.fft.irfft2(product * keep, s=(size, size)), dim=(-2, -1))

@@ -77,14 +77,9 @@ def _make_sampler(file_name: str, outside: str) -> CvaeSampler:
 
 
 def make_profile(
-    image: np.ndarray,
-    *,
-    pixel_scale: float,
-    flux: float,
-    seed: int,
-    gsparams: galsim.GSParams | None = None,
+    image: np.ndarray, *, pixel_scale: float, flux: float, gsparams: galsim.GSParams | None = None
 ) -> galsim.GSObject:
-    """Return a drawn galaxy as a profile, mirrored or not, and turned.
+    """Return a drawn galaxy as a profile.
 
     Parameters
     ----------
@@ -94,16 +89,11 @@ def make_profile(
         Side of its pixels in arcsec.
     flux
         Flux of the profile.
-    seed
-        Seed of the orientation, not negative.
     gsparams
         Accuracy of drawing.
     """
-    rng = np.random.default_rng([seed, 1])
-    mirrored = image[::-1] if rng.uniform() < 0.5 else image
-    angle = rng.uniform(0, 360) * galsim.degrees
-    pixels = galsim.ImageF(np.ascontiguousarray(mirrored, dtype=np.float32), scale=pixel_scale)
-    return galsim.InterpolatedImage(pixels, flux=flux, gsparams=gsparams).rotate(angle)
+    pixels = galsim.ImageF(np.ascontiguousarray(image, dtype=np.float32), scale=pixel_scale)
+    return galsim.InterpolatedImage(pixels, flux=flux, gsparams=gsparams)
 
 
 class CvaeModel:
@@ -185,8 +175,8 @@ class CvaeGalaxy(galsim.GSObject):
 
     The profile is without PSF and noise, smoothed by the Gaussian of the
     model (0.13 arcsec FWHM by default) and cut off at the border of its
-    stamp (7.7 arcsec).  It is the image that the network makes, mirrored or
-    not and turned by a random angle.
+    stamp (7.7 arcsec).  The seed also mirrors it or not, and turns it by any
+    angle.
 
     Parameters
     ----------
@@ -261,7 +251,6 @@ class CvaeGalaxy(galsim.GSObject):
             self._image,
             pixel_scale=self._pixel_scale,
             flux=self._total_flux,
-            seed=self.seed,
             gsparams=self._gsparams,
         )
 

@@ -260,7 +260,6 @@ class CvaeGalaxyTask(PipelineTask):
                 sampler.draw(conditions, [seed])[0],
                 pixel_scale=sampler.pixel_scale,
                 flux=float(table["flux"][row]),
-                seed=seed,
             )
             images[row, 0] = self._draw(profile, cutouts[row : row + 1])
             progress.log("Drew %d of %d galaxies.", row + 1, len(table))

@@ -40,7 +40,10 @@ from ..model_package import ModelPackage, ModelSettings
 from ..training import Batch, TrainingSettings, train
 from .conditions import ARCHITECTURE, ConditionError, ConditionSpace, check_galaxy_model
 from .cosmos import GalaxySet
-from .cvae import Cvae, CvaeOutput, Elbo, compute_elbo, convolve
+from .cvae import Cvae, CvaeOutput, Elbo, compute_elbo, compute_transform, invert_transform
+
+FIRST_TEXTURE_WEIGHT = 0.1
+"""First weight of the KL divergence of the texture, as a fraction."""
 
 
 def make_batch(galaxies: GalaxySet, space: ConditionSpace, *, min_noise: float) -> Batch:
@@ -117,9 +120,15 @@ class _Loss:
         Factor on the KL divergence.
     flux_scatter
         Relative error of the fluxes.
+    warm_up
+        Number of steps in which the weight of the KL divergence of the
+        texture rises to that of the rest.
     """
 
-    def __init__(self, noise_power: np.ndarray, kl_weight: float, flux_scatter: float) -> None:
+    def __init__(
+        self, noise_power: np.ndarray, kl_weight: float, flux_scatter: float, warm_up: int = 0
+    ) -> None:
+        self._warm_up = warm_up
         self._power = torch.from_numpy(noise_power / noise_power.mean())
         self._kl_weight = kl_weight
         self._flux_scatter = flux_scatter
@@ -134,11 +143,16 @@ class _Loss:
         batch
             What `augment` returns.
         """
+        return self._compute_elbo(self._run(network, batch), batch)
+
+    def _run(self, network: nn.Module, batch: Batch) -> CvaeOutput:
+        return CvaeOutput(*network(batch["image"], batch["psf"], batch["noise"], batch["conditions"]))
+
+    def _compute_elbo(self, output: CvaeOutput, batch: Batch) -> Elbo:
         if self._power.device != batch["image"].device:
             self._power = self._power.to(batch["image"].device)
-        output = network(batch["image"], batch["psf"], batch["noise"], batch["conditions"])
         return compute_elbo(
-            CvaeOutput(*output),
+            output,
             batch["image"],
             batch["psf"],
             self._power,
@@ -147,9 +161,14 @@ class _Loss:
         )
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
-        elbo = self.compute_elbo(network, batch)
-        pixels = batch["image"].shape[-1] ** 2
-        return (self._kl_weight * elbo.kl_divergence - elbo.log_likelihood).mean() / pixels
+        output = self._run(network, batch)
+        elbo = self._compute_elbo(output, batch)
+        assert isinstance(network.steps, Tensor)
+        progress = min(float(network.steps) / max(self._warm_up, 1), 1.0)
+        # The texture is cheap at first, lest its variables go unused.
+        discount = (1 - progress) * (1 - FIRST_TEXTURE_WEIGHT) * output.texture_divergence
+        divergence = self._kl_weight * (elbo.kl_divergence - discount)
+        return (divergence - elbo.log_likelihood).mean() / batch["image"].shape[-1] ** 2
 
     def evaluate(self, network: nn.Module, data: Batch) -> dict[str, float]:
         """Return the mean of both terms over many galaxies.
@@ -183,12 +202,11 @@ def train_cvae(
     name: str,
     version: str,
     settings: TrainingSettings,
-    width: int = 32,
-    latents: int = 32,
-    output_fwhm: float = 0.13,
+    network: Mapping[str, Any] | None = None,
     kl_weight: float = 1.0,
+    warm_up: int = 4000,
     flux_scatter: float = 0.1,
-    min_noise: float = 1e-4,
+    min_noise: float = 2e-4,
     band: str = "F814W",
     checkpoint: Path | None = None,
     accelerator: str = "auto",
@@ -204,11 +222,14 @@ def train_cvae(
         Of the package.
     settings
         How to train.
-    width, latents, output_fwhm
-        As for `Cvae`.
+    network
+        Settings of `Cvae` other than what the galaxies tell.
     kl_weight
         Factor on the KL divergence in the loss; 1 is the evidence lower
         bound.
+    warm_up
+        Number of steps in which the KL divergence of the texture gets this
+        weight; it has a tenth of it at first.
     flux_scatter
         Relative error of the catalogue fluxes, which is integrated out.
     min_noise
@@ -231,11 +252,9 @@ def train_cvae(
         "conditions": space.to_settings(),
         "pixel_scale": galaxies.pixel_scale,
         "size": galaxies.size,
-        "width": width,
-        "latents": latents,
-        "output_fwhm": output_fwhm,
+        **(network or {}),
     }
-    loss = _Loss(galaxies.noise_power, kl_weight, flux_scatter)
+    loss = _Loss(galaxies.noise_power, kl_weight, flux_scatter, warm_up)
     banks = [torch.from_numpy(part.psf) for part in (galaxies, validation)]
 
     def change(batch: Batch, generator: torch.Generator | None) -> Batch:
@@ -243,7 +262,7 @@ def train_cvae(
         return augment(batch, generator, psf=banks[generator is None])
 
     result = train(
-        lambda: Cvae(**network),  # type: ignore[arg-type]
+        lambda: Cvae(**network),
         make_batch(galaxies, space, min_noise=min_noise),
         compute_loss=loss,
         settings=settings,
@@ -367,7 +386,7 @@ class CvaeSampler:
         *,
         psf: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Draw galaxies without noise.
+        """Draw galaxies without noise, mirrored or not and turned.
 
         Parameters
         ----------
@@ -396,17 +415,81 @@ class CvaeSampler:
         n, size = len(conditions), self._network.size
         if len(seeds) != n:
             raise ValueError(f"There are {len(seeds)} seeds for {n} galaxies.")
-        normal = np.empty((n, self._network.latents))
-        for row, seed in zip(normal, seeds, strict=True):
-            row[:] = np.random.default_rng(int(seed)).standard_normal(len(row))
-        arrays = [self.space.to_scaled(conditions), normal, *([] if psf is None else [psf])]
+        normal, orientation = np.empty((n, self._network.n_latents)), np.empty(n)
+        for row, seed in enumerate(seeds):
+            rng = np.random.default_rng(int(seed))
+            normal[row] = rng.standard_normal(normal.shape[1])
+            orientation[row] = rng.uniform(-2 * np.pi, 2 * np.pi)
+        arrays = [self.space.to_scaled(conditions), normal, orientation, *([] if psf is None else [psf])]
         inputs = [torch.from_numpy(array.astype(np.float32)).to(self._device) for array in arrays]
         images = np.zeros((n, size + 1, size + 1), dtype=np.float32)
         with torch.inference_mode(), torch_threads(1):
             for start in range(0, n, self._batch_size):
                 rows = slice(start, start + self._batch_size)
-                scaled, deviates, *psfs = [part[rows] for part in inputs]
-                brightness = self._network.sample(scaled, deviates)
-                drawn = convolve(brightness, psfs[0]) if psfs else self._network.smooth(brightness)
+                scaled, deviates, turns, *psfs = [part[rows] for part in inputs]
+                transform = self._network.sample(scaled, deviates, turns)
+                if psfs:
+                    drawn = invert_transform(transform, compute_transform(psfs[0]))
+                else:
+                    drawn = self._network.smooth(transform)
                 images[rows, :-1, :-1] = drawn.cpu().numpy()
         return images
+
+    def score(
+        self,
+        image: np.ndarray,
+        *,
+        psf: np.ndarray,
+        noise: np.ndarray,
+        conditions: np.ndarray,
+        noise_power: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, Elbo]:
+        """Say how the model sees images of real galaxies.
+
+        Parameters
+        ----------
+        image
+            Images with PSF and noise for a flux of 1 on the grid of the
+            model, shape ``(N, S, S)``, the origin at pixel S / 2.
+        psf
+            Their PSFs with their pixel, shape ``(N, S, S)``.
+        noise
+            Standard deviation of the noise in a pixel, shape ``(N,)``.
+        conditions
+            As for `draw`.
+        noise_power
+            Power of the noise in each mode as of
+            `fourier.compute_noise_power`; white by default.
+
+        Returns
+        -------
+        latents
+            Means of q(z|x, y) for the shape, shape ``(N, Z)``.
+        elbo
+            Both terms of the evidence lower bound; the latent variables are
+            at their means.
+
+        Raises
+        ------
+        ConditionError
+            Raised as by `check`.
+        """
+        conditions, _ = self.check(conditions)
+        size = self._network.size
+        power = np.ones((size, size // 2 + 1)) if noise_power is None else noise_power / noise_power.mean()
+        arrays = [image, psf, noise, self.space.to_scaled(conditions)]
+        inputs = [torch.from_numpy(np.asarray(array, dtype=np.float32)).to(self._device) for array in arrays]
+        weight = torch.from_numpy(power.astype(np.float32)).to(self._device)
+        means, likelihoods, divergences = [], [], []
+        with torch.inference_mode(), torch_threads(1):
+            for start in range(0, len(image), 16):
+                x, kernel, sigma, y = [part[start : start + 16] for part in inputs]
+                zeros = torch.zeros(len(x), self._network.n_latents, device=self._device)
+                output = self._network(x, kernel, sigma, y, zeros)
+                elbo = compute_elbo(output, x, kernel, weight, sigma**2)
+                means.append(output.mean.cpu().numpy())
+                likelihoods.append(elbo.log_likelihood.cpu())
+                divergences.append(elbo.kl_divergence.cpu())
+        if not means:
+            return np.empty((0, self._network.latents)), Elbo(torch.empty(0), torch.empty(0))
+        return np.concatenate(means), Elbo(torch.cat(likelihoods), torch.cat(divergences))

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 __all__ = (
     "PARAMETER_NAMES",
+    "Components",
     "GalaxyParameters",
     "GalaxyPopulation",
     "draw_parameters",
@@ -46,7 +47,7 @@ __all__ = (
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import galsim
 import numpy as np
@@ -341,21 +342,77 @@ def draw_parameters(
     return galaxies
 
 
-def make_smooth_galaxy(parameters: GalaxyParameters) -> galsim.GSObject:
-    """Return bulge and disk of unit flux: the parametric baseline.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Components:
+    """What a galaxy is the sum of, for a total flux of 1.
+
+    Bulge and disk are at the origin, with the same position angle.
+    """
+
+    bulge_flux: float
+    """Flux of the de Vaucouleurs bulge."""
+
+    bulge_radius: float
+    """Its half-light radius in arcsec, of the circle with its area."""
+
+    bulge_axis_ratio: float
+    """Its minor over major axis."""
+
+    disk_flux: float
+    """Flux of the exponential disk."""
+
+    disk_radius: float
+    """Its half-light radius in arcsec, of the circle with its area."""
+
+    disk_axis_ratio: float
+    """Its minor over major axis."""
+
+    position_angle: float
+    """Direction of the major axes in radians, counter-clockwise from x."""
+
+    x: np.ndarray
+    """Positions of round Gaussians in arcsec, shape ``(K,)``."""
+
+    y: np.ndarray
+    """Positions of round Gaussians in arcsec, shape ``(K,)``."""
+
+    flux: np.ndarray
+    """Fluxes of the Gaussians, shape ``(K,)``."""
+
+    sigma: np.ndarray
+    """Sizes of the Gaussians in arcsec, shape ``(K,)``."""
+
+    def make_profile(self) -> galsim.GSObject:
+        """Return the galaxy as a profile of GalSim."""
+        beta = self.position_angle * galsim.radians
+        parts: list[galsim.GSObject] = []
+        if self.bulge_flux > 0:
+            bulge = galsim.DeVaucouleurs(half_light_radius=self.bulge_radius, flux=self.bulge_flux)
+            parts.append(bulge.shear(q=self.bulge_axis_ratio, beta=beta))
+        if self.disk_flux > 0:
+            disk = galsim.Exponential(half_light_radius=self.disk_radius, flux=self.disk_flux)
+            parts.append(disk.shear(q=self.disk_axis_ratio, beta=beta))
+        for x, y, flux, sigma in zip(self.x, self.y, self.flux, self.sigma, strict=True):
+            if flux > 0:
+                parts.append(galsim.Gaussian(sigma=sigma, flux=flux).shift(x, y))
+        return galsim.Sum(parts, gsparams=_ACCURATE)
+
+
+def make_smooth_galaxy(parameters: GalaxyParameters) -> Components:
+    """Return bulge and disk: the parametric baseline.
 
     Parameters
     ----------
     parameters
         The galaxy; its knots and arms are part of the disk.
     """
-    return _sum([_make_bulge(parameters), _make_disk(parameters)])
+    return _make_components(parameters, 1 - parameters.bulge_fraction, [])
 
 
 def make_knotty_galaxy(
     parameters: GalaxyParameters, *, fraction: float = 0.25, n_knots: int = 30
-) -> galsim.GSObject:
-    """Return the baseline with part of its flux in knots, of unit flux.
+) -> Components:
+    """Return the baseline with part of its flux in knots.
 
     Parameters
     ----------
@@ -368,13 +425,14 @@ def make_knotty_galaxy(
         Number of knots.
     """
     rng = np.random.default_rng([parameters.seed, 1])
-    x, y = _draw_disk_points(n_knots, rng)
-    knots = _make_points(parameters, x, y, np.full(n_knots, fraction / n_knots), KNOT_SIZE)
-    return _sum([make_smooth_galaxy(parameters) * (1 - fraction), *knots])
+    knots = _Points(*_draw_disk_points(n_knots, rng), np.full(n_knots, fraction / n_knots), KNOT_SIZE)
+    smooth = 1 - fraction
+    components = _make_components(parameters, smooth * (1 - parameters.bulge_fraction), [knots])
+    return dataclasses.replace(components, bulge_flux=smooth * parameters.bulge_fraction)
 
 
-def make_galaxy(parameters: GalaxyParameters) -> galsim.GSObject:
-    """Return a galaxy with bulge, disk, knots and arms, of unit flux.
+def make_galaxy(parameters: GalaxyParameters) -> Components:
+    """Return bulge, disk, knots and arms.
 
     Parameters
     ----------
@@ -383,44 +441,72 @@ def make_galaxy(parameters: GalaxyParameters) -> galsim.GSObject:
     """
     p, rng = parameters, np.random.default_rng([parameters.seed, 0])
     in_disk = 1 - p.bulge_fraction
-    parts = [_make_bulge(p), _make_disk(p) * (1 - p.knot_fraction - p.arm_fraction)]
+    smooth, points = 1.0, []
     if p.knot_fraction > 0 and p.n_knots > 0:
         x, y = _draw_disk_points(p.n_knots, rng)
         share = rng.exponential(size=p.n_knots)
-        flux = in_disk * p.knot_fraction * share / share.sum()
-        parts += _make_points(p, x, y, flux, KNOT_SIZE)
-    elif p.knot_fraction > 0:
-        parts[1] = _make_disk(p) * (1 - p.arm_fraction)
+        points.append(_Points(x, y, in_disk * p.knot_fraction * share / share.sum(), KNOT_SIZE))
+        smooth -= p.knot_fraction
     if p.arm_fraction > 0:
-        parts += _make_arms(p, in_disk * p.arm_fraction, rng)
-    return _sum(parts)
+        points.append(_draw_arms(p, in_disk * p.arm_fraction, rng))
+        smooth -= p.arm_fraction
+    return _make_components(p, in_disk * smooth, points)
 
 
-def _sum(parts: list[galsim.GSObject]) -> galsim.GSObject:
-    return galsim.Sum([part for part in parts if part.flux > 0], gsparams=_ACCURATE)
+class _Points(NamedTuple):
+    """Round Gaussians in the plane of a disk."""
+
+    x: np.ndarray
+    """Positions in units of the half-light radius of the face-on disk."""
+
+    y: np.ndarray
+    """Positions in the same units."""
+
+    flux: np.ndarray
+    """Fluxes."""
+
+    size: np.ndarray | float
+    """Half-light radii in arcsec; negative ones are in units of that of the
+    disk."""
 
 
-def _make_disk(p: GalaxyParameters) -> galsim.GSObject:
-    disk = galsim.Exponential(half_light_radius=_compute_disk_radius(p), flux=1 - p.bulge_fraction)
-    return disk.shear(q=p.axis_ratio, beta=p.position_angle * galsim.radians)
+def _make_components(p: GalaxyParameters, disk_flux: float, points: list[_Points]) -> Components:
+    radius = p.half_light_radius / _compute_radius_ratio(p)
+    root = math.sqrt(p.axis_ratio)
+    cos, sin = math.cos(p.position_angle), math.sin(p.position_angle)
+    x, y, flux, size = (
+        np.concatenate([np.broadcast_to(part[i], part.x.shape) for part in points]) if points else np.empty(0)
+        for i in range(4)
+    )
+    size = np.where(size < 0, -size * radius, size)
+    major, minor = radius * x / root, radius * y * root
+    return Components(
+        bulge_flux=p.bulge_fraction,
+        bulge_radius=p.bulge_radius_ratio * radius,
+        bulge_axis_ratio=0.5 * (1 + p.axis_ratio),
+        disk_flux=disk_flux,
+        disk_radius=radius,
+        disk_axis_ratio=p.axis_ratio,
+        position_angle=p.position_angle,
+        x=cos * major - sin * minor,
+        y=sin * major + cos * minor,
+        flux=flux,
+        sigma=size / math.sqrt(2 * math.log(2)),
+    )
 
 
-def _make_bulge(p: GalaxyParameters) -> galsim.GSObject:
-    radius = p.bulge_radius_ratio * _compute_disk_radius(p)
-    bulge = galsim.DeVaucouleurs(half_light_radius=radius, flux=p.bulge_fraction)
-    return bulge.shear(q=0.5 * (1 + p.axis_ratio), beta=p.position_angle * galsim.radians)
-
-
-def _compute_disk_radius(p: GalaxyParameters) -> float:
-    """Return the half-light radius of the disk in arcsec."""
+def _compute_radius_ratio(p: GalaxyParameters) -> float:
+    """Return the half-light radius of the galaxy over that of the disk."""
 
     def excess(x: float) -> float:
         # The flux inside x radii of the disk, less one half.
         bulge = _sersic_flux_inside(x / p.bulge_radius_ratio, 4)
         return p.bulge_fraction * bulge + (1 - p.bulge_fraction) * _sersic_flux_inside(x, 1) - 0.5
 
+    if p.bulge_fraction == 0:
+        return 1.0
     edges = min(1.0, p.bulge_radius_ratio), max(1.0, p.bulge_radius_ratio)
-    return p.half_light_radius / brentq(excess, 0.99 * edges[0], 1.01 * edges[1])
+    return float(brentq(excess, 0.99 * edges[0], 1.01 * edges[1]))
 
 
 def _sersic_flux_inside(x: float, n: float) -> float:
@@ -439,29 +525,12 @@ def _draw_disk_points(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.
     return radius * np.cos(angle), radius * np.sin(angle)
 
 
-def _make_arms(p: GalaxyParameters, flux: float, rng: np.random.Generator) -> list[galsim.GSObject]:
-    """Return logarithmic spirals with the radial profile of the disk."""
+def _draw_arms(p: GalaxyParameters, flux: float, rng: np.random.Generator) -> _Points:
+    """Draw logarithmic spirals with the radial profile of the disk."""
     quantiles = (np.arange(ARM_POINTS) + 0.5) / ARM_POINTS
     radius = np.tile(gammaincinv(2, 0.97 * quantiles) / gammaincinv(2, 0.5), p.n_arms)
     start = rng.uniform(0, 2 * math.pi) + np.repeat(2 * math.pi * np.arange(p.n_arms) / p.n_arms, ARM_POINTS)
     angle = start + np.log(radius) / math.tan(p.pitch_angle) + 0.1 * rng.standard_normal(len(radius))
     share = rng.gamma(3.0, size=len(radius))
-    size = ARM_WIDTH * radius * _compute_disk_radius(p) * math.sqrt(2 * math.log(2))
-    return _make_points(p, radius * np.cos(angle), radius * np.sin(angle), flux * share / share.sum(), size)
-
-
-def _make_points(
-    p: GalaxyParameters, x: np.ndarray, y: np.ndarray, flux: np.ndarray, size: Any
-) -> list[galsim.GSObject]:
-    """Return round Gaussians at points in the plane of the disk.
-
-    Points are in units of the half-light radius of the face-on disk, sizes
-    are half-light radii in arcsec.
-    """
-    shear = galsim.Shear(q=p.axis_ratio, beta=p.position_angle * galsim.radians)
-    positions = _compute_disk_radius(p) * shear.getMatrix() @ np.stack([x, y])
-    sizes = np.broadcast_to(size, x.shape)
-    return [
-        galsim.Gaussian(half_light_radius=s, flux=f).shift(dx, dy)
-        for s, f, dx, dy in zip(sizes, flux, *positions, strict=True)
-    ]
+    size = -ARM_WIDTH * radius * math.sqrt(2 * math.log(2))
+    return _Points(radius * np.cos(angle), radius * np.sin(angle), flux * share / share.sum(), size)

@@ -46,7 +46,8 @@ from .. import __version__
 from ..inference import torch_threads
 from ..model_package import MODEL_STORAGE_CLASS
 from .conditions import ConditionError
-from .cosmos import GalaxySet, GalaxySetError, make_synthetic_set, read_cosmos_set
+from .cosmos import GalaxySet, GalaxySetError, read_cosmos_set
+from .synthetic import make_synthetic_set
 
 
 class TrainCvaeConnections(PipelineTaskConnections, dimensions=()):
@@ -82,7 +83,7 @@ class TrainCvaeConfig(PipelineTaskConfig, pipelineConnections=TrainCvaeConnectio
         dtype=int,
         doc="Number of galaxies, those held out included; of real ones at most as many as there are.  On the "
         "default grid 10,000 take 0.7 GB, twice that while they are divided.",
-        default=60000,
+        default=48000,
         min=32,
     )
     heldOutFraction = RangeField(
@@ -117,8 +118,22 @@ class TrainCvaeConfig(PipelineTaskConfig, pipelineConnections=TrainCvaeConnectio
     # The network.
     modelName = Field[str](doc="Name of the model package.", default="galaxy_cvae")
     modelVersion = Field[str](doc="Version of the model package.", default="1")
-    width = RangeField(dtype=int, doc="Channels of the first convolution.", default=32, min=1)
-    latents = RangeField(dtype=int, doc="Number of latent variables.", default=32, min=1)
+    width = RangeField(dtype=int, doc="Channels of the narrowest convolutions.", default=16, min=1)
+    latents = RangeField(dtype=int, doc="Number of latent variables of the shape.", default=16, min=2)
+    textureLatents = RangeField(
+        dtype=int, doc="Number of latent variables in each place of the disk.", default=2, min=1
+    )
+    textureSize = ChoiceField[int](
+        doc="Pixels on a side of the texture of the disk.",
+        default=64,
+        allowed={16: "For tests.", 32: "Coarse.", 64: "A ninth of the half-light radius of the disk."},
+    )
+    flowLayers = RangeField(
+        dtype=int,
+        doc="Layers of the normalizing flow that is the prior of the shape; 0 is a Gaussian.",
+        default=8,
+        min=0,
+    )
     outputFwhm = RangeField(
         dtype=float,
         doc="Width in arcsec of the Gaussian that smooths generated galaxies, more than 1.5 pixels.",
@@ -130,21 +145,35 @@ class TrainCvaeConfig(PipelineTaskConfig, pipelineConnections=TrainCvaeConnectio
     klWeight = RangeField(
         dtype=float, doc="Factor on the KL divergence; 1 is the evidence lower bound.", default=1.0, min=0.0
     )
+    textureStart = RangeField(
+        dtype=int,
+        doc="Number of steps before there is any texture, so that bulge and disk do what they can.",
+        default=1000,
+        min=0,
+    )
+    warmUp = RangeField(
+        dtype=int,
+        doc="Number of steps in which the KL divergence of the texture gets its weight; it has a tenth of it "
+        "at first.",
+        default=4000,
+        min=0,
+    )
     fluxScatter = RangeField(
         dtype=float,
-        doc="Relative error of the fluxes of the training set, which is integrated out.",
-        default=0.1,
+        doc="Relative error of the fluxes of the training set, which is integrated out; 0.1 suits real "
+        "galaxies.",
+        default=0.0,
         min=0.0,
     )
     minNoise = RangeField(
         dtype=float,
         doc="Smallest noise in a pixel to assume, in units of the flux of the galaxy: the error of the "
         "model.",
-        default=1e-4,
+        default=2e-4,
         min=0.0,
     )
-    epochs = RangeField(dtype=int, doc="Number of passes over the galaxies.", default=100, min=1)
-    batchSize = RangeField(dtype=int, doc="Number of galaxies in a step.", default=64, min=2)
+    epochs = RangeField(dtype=int, doc="Number of passes over the galaxies.", default=5, min=1)
+    batchSize = RangeField(dtype=int, doc="Number of galaxies in a step.", default=32, min=2)
     learningRate = RangeField(dtype=float, doc="Largest learning rate.", default=1e-3, min=0.0)
     schedule = ChoiceField[str](
         doc="Learning rate in the course of the training.",
@@ -182,7 +211,7 @@ class TrainCvaeConfig(PipelineTaskConfig, pipelineConnections=TrainCvaeConnectio
 class TrainCvaeTask(PipelineTask):
     """Train a conditional variational autoencoder of galaxies.
 
-    Lanusse et al. (2021) without their normalising flow; see `cvae`.  The
+    See `cvae` for what differs from Lanusse et al. (2021).  The
     weights of the epoch with the largest evidence lower bound of the galaxies
     held out are kept.
     """
@@ -244,12 +273,20 @@ class TrainCvaeTask(PipelineTask):
                     learning_rate=config.learningRate,
                     schedule=config.schedule,
                     precision=config.precision,
+                    channels_last=True,
                     seed=config.seed,
                 ),
-                width=config.width,
-                latents=config.latents,
-                output_fwhm=config.outputFwhm,
+                network={
+                    "width": config.width,
+                    "latents": config.latents,
+                    "texture_size": config.textureSize,
+                    "texture_latents": config.textureLatents,
+                    "texture_start": config.textureStart,
+                    "flow_layers": config.flowLayers,
+                    "output_fwhm": config.outputFwhm,
+                },
                 kl_weight=config.klWeight,
+                warm_up=config.warmUp,
                 flux_scatter=config.fluxScatter,
                 min_noise=config.minNoise,
                 checkpoint=Path(config.checkpoint) if config.checkpoint else None,

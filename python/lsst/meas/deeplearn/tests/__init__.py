@@ -23,7 +23,13 @@
 
 from __future__ import annotations
 
-__all__ = ("make_test_coadd", "make_test_coadds", "make_test_model", "make_test_repository")
+__all__ = (
+    "make_test_coadd",
+    "make_test_coadds",
+    "make_test_galaxy_model",
+    "make_test_model",
+    "make_test_repository",
+)
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -145,6 +151,52 @@ def make_test_coadds(bands: Iterable[str] = "gri", **kwargs: Any) -> dict[str, C
         Passed to `make_test_coadd`.
     """
     return {band: make_test_coadd(band, **kwargs) for band in bands}
+
+
+def make_test_galaxy_model(*, size: int = 64, seed: int = 3, **network: Any) -> ModelPackage:
+    """Make a galaxy model with random weights that makes lumpy galaxies.
+
+    Parameters
+    ----------
+    size
+        Pixels on a side of its grid.
+    seed
+        Seed of the weights.
+    **network
+        Further settings of the network.
+    """
+    import torch
+
+    from ..galaxies.conditions import ARCHITECTURE, ConditionSpace
+    from ..galaxies.cvae import Cvae
+
+    rng = np.random.default_rng(0)
+    conditions = np.column_stack(
+        [10 ** rng.uniform(-1, 0, 200), rng.uniform(18, 25, 200), rng.uniform(0.1, 2.0, 200)]
+    )
+    settings: dict[str, Any] = {
+        "conditions": ConditionSpace.fit(conditions).to_settings(),
+        "pixel_scale": 0.06,
+        "size": size,
+        "width": 2,
+        "latents": 4,
+        "texture_size": 32,
+        "texture_start": 0,
+        "flow_layers": 2,
+    } | network
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        cvae = Cvae(**settings)
+    with torch.no_grad():
+        cvae.texture.last.weight *= 100
+        cvae.envelope[-1].weight *= 50  # type: ignore[operator,assignment]
+    return ModelPackage(
+        name="test",
+        version="1",
+        architecture=ARCHITECTURE,
+        settings=ModelSettings(bands=("F814W",), pixel_scale=0.06, stamp_size=size + 1, network=settings),
+        weights={key: value.numpy() for key, value in cvae.state_dict().items()},
+    )
 
 
 def make_test_repository(
