@@ -36,6 +36,10 @@ from lsst.daf.butler import Butler
 from lsst.meas.deeplearn import model_package
 from lsst.meas.deeplearn.coadds import MultibandCoadd
 from lsst.meas.deeplearn.cutouts import Cutouts
+from lsst.meas.deeplearn.galaxies.compare_morphology_task import (
+    CompareMorphologyConfig,
+    CompareMorphologyConnections,
+)
 from lsst.meas.deeplearn.galaxies.conditions import ARCHITECTURE
 from lsst.meas.deeplearn.galaxies.cosmos import GalaxySetError
 from lsst.meas.deeplearn.galaxies.cvae_galaxy_task import (
@@ -123,7 +127,9 @@ def make_config(**kwargs: Any) -> CvaeGalaxyConfig:
     return config
 
 
-@pytest.mark.parametrize("connections", [TrainCvaeConnections, CvaeGalaxyConnections])
+@pytest.mark.parametrize(
+    "connections", [TrainCvaeConnections, CvaeGalaxyConnections, CompareMorphologyConnections]
+)
 def test_connections(connections: type) -> None:
     """Connections obey the conventions of the middleware."""
     lintConnections(connections)
@@ -143,6 +149,8 @@ def test_training_config() -> None:
     config = TrainCvaeConfig(source="cosmos")
     with pytest.raises(FieldValidationError, match="cosmosCatalog"):
         config.validate()
+    with pytest.raises(FieldValidationError, match="cosmosCatalog"):
+        CompareMorphologyConfig(source="cosmos").validate()
     with pytest.raises(FieldValidationError, match="outputFwhm"):
         TrainCvaeConfig(outputFwhm=0.08).validate()
     config = TrainCvaeConfig(source="cosmos", cosmosCatalog="no/real_galaxy_catalog_25.2.fits")
@@ -255,7 +263,20 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_pipelines(repository: Path) -> None:
     """Both pipelines run one after the other, and a butler finds it all."""
-    run_pipeline(repository, "train_galaxies", "models/cvae", ["test/coadds"], trainCvae=SMALL)
+    butler = run_pipeline(
+        repository,
+        "train_galaxies",
+        "models/cvae",
+        ["test/coadds"],
+        trainCvae=SMALL,
+        compareMorphology={"nGalaxies": 24, "nBootstrap": 2, "nShown": 3, "maxMagnitude": 22.5},
+    )
+    distances = butler.get("galaxy_morphology_distances")
+    assert set(distances["sample"]) == {"cvae", "parametric", "knots"}
+    assert len(butler.get("galaxy_morphology")) == 4 * 24
+    assert np.isfinite(butler.get("galaxy_morphology_checks")["value"]).all()
+    for name in ("galaxy_gallery", "galaxy_morphology_figure"):
+        assert butler.query_datasets(name)
     selection = ["i_psfFlux > 0"]
     butler = run_pipeline(
         repository,

@@ -103,6 +103,15 @@ class GalaxySet:
     """Right ascension and declination in degrees, shape ``(N, 2)``; NaN where
     there are none."""
 
+    extent: np.ndarray | None = None
+    """Lower and upper borders of the stamps from which images were made, as
+    (y, x, y, x) in pixels of the grid, shape ``(N, 4)``; what is outside is
+    noise.  `None` where galaxies fill the grid."""
+
+    flux: np.ndarray | None = None
+    """Flux of the catalogue magnitudes in the unit of the catalogue, shape
+    ``(N,)``, where it is known."""
+
     truth: np.ndarray | None = None
     """The images without noise and with `truth_fwhm` for PSF, float32, shape
     ``(N, S, S)``, where they are known."""
@@ -122,8 +131,10 @@ class GalaxySet:
         """Return some of the galaxies, with all PSFs."""
         names = ["ids", "image", "psf_index", "noise_variance", "conditions", "sky"]
         arrays: dict[str, Any] = {name: getattr(self, name)[index] for name in names}
-        truth = None if self.truth is None else self.truth[index]
-        return dataclasses.replace(self, truth=truth, **arrays)
+        for name in ("extent", "flux", "truth"):
+            value = getattr(self, name)
+            arrays[name] = None if value is None else value[index]
+        return dataclasses.replace(self, **arrays)
 
     def split(self, fraction: float, *, seed: int = 0) -> tuple[GalaxySet, GalaxySet]:
         """Divide into galaxies to train on and galaxies held out.
@@ -277,8 +288,14 @@ def _read_cosmos_galaxy(
         _shift(transform, (y - round(y)) / ratio * pixel, (x - round(x)) / ratio * pixel)
     )
     psf = _shift(psf, (psf_y - round(psf_y)) / ratio * pixel, (psf_x - round(psf_x)) / ratio * pixel)
+    rows, columns = stamp.array.shape
+    # Pixel centres of the grid have integer numbers.
+    low = np.array([-y - 0.5, -x - 0.5]) / ratio + size // 2
+    extent = np.concatenate([low, low + np.array([rows, columns]) / ratio])
     return {
         "ids": int(real.ident[index]),
+        "extent": extent,
+        "flux": flux,
         "image": image.astype(np.float32),
         "psf": invert_transform(psf).astype(np.float32),
         "noise_variance": variance / flux**2,

@@ -285,10 +285,8 @@ class Cvae(nn.Module):
         if latent_noise is None:
             latent_noise = torch.randn(len(image), self.n_latents, device=image.device)
         shape_noise, texture_noise = self._split(latent_noise)
+        mean, log_variance = self.encode(image, psf, noise, conditions)
         radius = self._compute_radius(conditions)
-        scalars = torch.cat([torch.log10(noise)[:, None] + 3, conditions], dim=1)
-        seen = self._zoom(image, psf, noise, radius)
-        mean, log_variance = self.shape_encoder(seen, scalars)
         shape = mean + torch.exp(0.5 * log_variance) * shape_noise
         context = torch.cat([shape, conditions], dim=1)
         envelope = self._make_envelope(context, radius)
@@ -304,7 +302,7 @@ class Cvae(nn.Module):
             observed = invert_transform(smooth[0] + smooth[1], compute_transform(psf))
             residual = self._deproject(image, observed, noise, envelope)
         texture_mean, texture_log_variance = self.texture_encoder(
-            residual, torch.cat([context, scalars[:, :1]], dim=1)
+            residual, torch.cat([context, torch.log10(noise)[:, None] + 3], dim=1)
         )
         texture = texture_mean + torch.exp(0.5 * texture_log_variance) * texture_noise
         zeros = torch.zeros_like(texture_mean)
@@ -316,6 +314,24 @@ class Cvae(nn.Module):
                 *(part.flatten(1) for part in (texture_mean, texture_log_variance, zeros, zeros))
             ),
         )
+
+    def encode(self, image: Tensor, psf: Tensor, noise: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log variance of the shape in q(z|x, y).
+
+        Parameters
+        ----------
+        image, psf, noise, conditions
+            As for `forward`.
+
+        Returns
+        -------
+        mean, log_variance
+            Shape ``(N, Z)`` each.
+        """
+        scalars = torch.cat([torch.log10(noise)[:, None] + 3, conditions], dim=1)
+        seen = self._zoom(image, psf, noise, self._compute_radius(conditions))
+        mean, log_variance = self.shape_encoder(seen, scalars)
+        return mean, log_variance
 
     def decode(
         self, shape: Tensor, texture: Tensor, conditions: Tensor, orientation: Tensor | None = None

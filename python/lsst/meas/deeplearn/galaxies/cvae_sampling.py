@@ -24,10 +24,10 @@
 
 from __future__ import annotations
 
-__all__ = ("CvaeSampler", "augment", "make_batch", "train_cvae")
+__all__ = ("CvaeSampler", "augment", "fit_prior", "make_batch", "train_cvae")
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,7 @@ def train_cvae(
     version: str,
     settings: TrainingSettings,
     network: Mapping[str, Any] | None = None,
+    start: ModelPackage | None = None,
     kl_weight: float = 1.0,
     warm_up: int = 4000,
     flux_scatter: float = 0.1,
@@ -224,6 +225,10 @@ def train_cvae(
         How to train.
     network
         Settings of `Cvae` other than what the galaxies tell.
+    start
+        Model to go on from, whose settings are kept: conditions are scaled as
+        by it, and its hull is that of the galaxies it has been trained on
+        first.
     kl_weight
         Factor on the KL divergence in the loss; 1 is the evidence lower
         bound.
@@ -248,12 +253,21 @@ def train_cvae(
         Raised if the conditions of the training set span no volume.
     """
     space = ConditionSpace.fit(galaxies.conditions)
-    network = {
+    settings_of_network = {
         "conditions": space.to_settings(),
         "pixel_scale": galaxies.pixel_scale,
         "size": galaxies.size,
         **(network or {}),
     }
+    if start is not None:
+        settings_of_network = dict(start.settings.network)
+        space = ConditionSpace.from_settings(settings_of_network["conditions"])
+
+    def make_network() -> Cvae:
+        made = Cvae(**settings_of_network) if start is None else start.make_network()
+        assert isinstance(made, Cvae)
+        return made
+
     loss = _Loss(galaxies.noise_power, kl_weight, flux_scatter, warm_up)
     banks = [torch.from_numpy(part.psf) for part in (galaxies, validation)]
 
@@ -262,7 +276,7 @@ def train_cvae(
         return augment(batch, generator, psf=banks[generator is None])
 
     result = train(
-        lambda: Cvae(**network),
+        make_network,
         make_batch(galaxies, space, min_noise=min_noise),
         compute_loss=loss,
         settings=settings,
@@ -282,7 +296,7 @@ def train_cvae(
             pixel_scale=galaxies.pixel_scale,
             # A row and a column of zeros make the grid symmetric.
             stamp_size=galaxies.size + 1,
-            network=network,
+            network=settings_of_network,
         ),
         weights=result.weights,
         record={
@@ -294,6 +308,76 @@ def train_cvae(
             "performance": {key: best[key] for key in ("log_likelihood", "kl_divergence")},
         },
     )
+
+
+def fit_prior(
+    network: Cvae,
+    data: Batch,
+    *,
+    psf: Tensor,
+    steps: int,
+    batch_size: int = 512,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> float:
+    """Fit the prior of the shape to what the encoder makes of galaxies.
+
+    The rest of the network stays as it is.  In the bound that is trained on,
+    the prior is pulled along by encoder and decoder; new galaxies are as
+    good as it fits the aggregate posterior in the end, which a few more
+    steps with it alone improve (Lanusse et al. 2021 fit it only so).
+
+    Parameters
+    ----------
+    network
+        The network, whose prior is changed.
+    data
+        What `make_batch` returns for the training set.
+    psf
+        All PSFs, shape ``(P, S, S)``.
+    steps
+        Number of steps.
+    batch_size
+        Number of galaxies in a step.
+    learning_rate
+        First learning rate, lowered to 0 along a cosine.
+    seed
+        Seed of orientations and order.
+
+    Returns
+    -------
+    log_density
+        Mean of log p(z|y) over the last tenth of the steps, in nats.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = next(network.parameters()).device
+    n = len(data["image"])
+    means, log_variances = [], []
+    with torch.no_grad():
+        for start in range(0, n, 64):
+            batch = {key: value[start : start + 64] for key, value in data.items()}
+            batch = {key: value.to(device) for key, value in augment(batch, generator, psf=psf).items()}
+            mean, log_variance = network.encode(
+                batch["image"], batch["psf"], batch["noise"], batch["conditions"]
+            )
+            means.append(mean)
+            log_variances.append(log_variance)
+    mean, deviation = torch.cat(means), torch.exp(0.5 * torch.cat(log_variances))
+    conditions = data["conditions"].to(device)
+    optimizer = torch.optim.Adam(network.prior.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    densities = []
+    for _ in range(steps):
+        rows = torch.randint(n, (min(batch_size, n),), generator=generator)
+        noise = torch.randn(len(rows), mean.shape[1], generator=generator).to(device)
+        z = mean[rows] + deviation[rows] * noise
+        log_density = network.prior.compute_log_density(z, conditions[rows]).mean()
+        optimizer.zero_grad()
+        (-log_density).backward()
+        optimizer.step()
+        schedule.step()
+        densities.append(float(log_density.detach()))
+    return float(np.mean(densities[-max(steps // 10, 1) :]))
 
 
 class CvaeSampler:
@@ -343,6 +427,11 @@ class CvaeSampler:
     def space(self) -> ConditionSpace:
         """The conditions that the model has seen."""
         return self._network.condition_space
+
+    @property
+    def size(self) -> int:
+        """Side of the grid of the model in pixels."""
+        return self._network.size
 
     @property
     def pixel_scale(self) -> float:
@@ -411,29 +500,59 @@ class CvaeSampler:
         ConditionError
             Raised as by `check`.
         """
-        conditions, _ = self.check(conditions)
-        n, size = len(conditions), self._network.size
-        if len(seeds) != n:
-            raise ValueError(f"There are {len(seeds)} seeds for {n} galaxies.")
-        normal, orientation = np.empty((n, self._network.n_latents)), np.empty(n)
-        for row, seed in enumerate(seeds):
-            rng = np.random.default_rng(int(seed))
-            normal[row] = rng.standard_normal(normal.shape[1])
-            orientation[row] = rng.uniform(-2 * np.pi, 2 * np.pi)
-        arrays = [self.space.to_scaled(conditions), normal, orientation, *([] if psf is None else [psf])]
-        inputs = [torch.from_numpy(array.astype(np.float32)).to(self._device) for array in arrays]
-        images = np.zeros((n, size + 1, size + 1), dtype=np.float32)
-        with torch.inference_mode(), torch_threads(1):
-            for start in range(0, n, self._batch_size):
-                rows = slice(start, start + self._batch_size)
-                scaled, deviates, turns, *psfs = [part[rows] for part in inputs]
-                transform = self._network.sample(scaled, deviates, turns)
-                if psfs:
-                    drawn = invert_transform(transform, compute_transform(psfs[0]))
-                else:
-                    drawn = self._network.smooth(transform)
-                images[rows, :-1, :-1] = drawn.cpu().numpy()
+        size = self._network.size
+        images = np.zeros((len(conditions), size + 1, size + 1), dtype=np.float32)
+        for rows, transform in self._sample(conditions, seeds):
+            if psf is None:
+                drawn = self._network.smooth(transform)
+            else:
+                kernel = torch.from_numpy(np.asarray(psf[rows], dtype=np.float32)).to(self._device)
+                drawn = invert_transform(transform, compute_transform(kernel))
+            images[rows, :-1, :-1] = drawn.cpu().numpy()
         return images
+
+    def draw_transforms(self, conditions: np.ndarray, seeds: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Draw galaxies before the PSF.
+
+        Parameters
+        ----------
+        conditions, seeds
+            As for `draw`.
+
+        Returns
+        -------
+        transform
+            As of `fourier.compute_transform`, for a flux of 1, shape
+            ``(N, S, S / 2 + 1)``.
+        """
+        half = self._network.size // 2
+        transforms = np.zeros((len(conditions), 2 * half, half + 1), dtype=np.complex64)
+        for rows, transform in self._sample(conditions, seeds):
+            transforms[rows] = transform.cpu().numpy()
+        transforms[:, half] = transforms[..., half] = 0
+        return transforms
+
+    def _sample(
+        self, conditions: np.ndarray, seeds: Sequence[int] | np.ndarray
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows, and the transforms of their galaxies."""
+        conditions, _ = self.check(conditions)
+        if len(seeds) != len(conditions):
+            raise ValueError(f"There are {len(seeds)} seeds for {len(conditions)} galaxies.")
+        scaled = self.space.to_scaled(conditions)
+        for start in range(0, len(conditions), self._batch_size):
+            rows = slice(start, min(start + self._batch_size, len(conditions)))
+            normal = np.empty((rows.stop - start, self._network.n_latents))
+            orientation = np.empty(len(normal))
+            for i, seed in enumerate(seeds[rows]):
+                rng = np.random.default_rng(int(seed))
+                normal[i] = rng.standard_normal(normal.shape[1])
+                orientation[i] = rng.uniform(-2 * np.pi, 2 * np.pi)
+            arrays = scaled[rows], normal, orientation
+            inputs = [torch.from_numpy(array.astype(np.float32)).to(self._device) for array in arrays]
+            with torch.inference_mode(), torch_threads(1):
+                transform = self._network.sample(*inputs)
+            yield rows, transform
 
     def score(
         self,
