@@ -40,7 +40,7 @@ from astropy.table import Table
 
 import lsst.meas.deeplearn.galaxies.cvae_galaxy
 from lsst.meas.deeplearn.galaxies.conditions import ConditionError
-from lsst.meas.deeplearn.galaxies.cvae_galaxy import CvaeGalaxy, CvaeModel
+from lsst.meas.deeplearn.galaxies.cvae_galaxy import CvaeCatalog, CvaeGalaxy, CvaeModel
 from lsst.meas.deeplearn.model_package import ModelPackageError
 from lsst.meas.deeplearn.tests import make_test_galaxy_model, make_test_model
 
@@ -294,6 +294,70 @@ def run_config_file(config: dict[str, Any]) -> np.ndarray:
     galsim.config.Process(copy.deepcopy(config))
     path = Path(config["output"]["dir"]) / config["output"]["file_name"]
     return np.array(galsim.fits.read(str(path)).array)
+
+
+def make_catalog_config(model_file: str, folder: Path, **catalog: Any) -> dict[str, Any]:
+    """Return a YAML file like that of `make_config`, drawn in a batch."""
+    config = make_config(model_file, folder, **catalog)
+    config["input"] = {
+        "cvae_catalog": {
+            "model": model_file,
+            "file_name": str(folder / "catalog.fits"),
+            "half_light_radius": "radius",
+            "magnitude": "mag",
+            "redshift": "z",
+            "flux": "flux",
+            "batch_size": 4,
+        }
+    }
+    config["gal"] = {"type": "CvaeCatalogGalaxy", "shear": {"type": "G1G2", "g1": 0.02, "g2": 0.0}}
+    return config
+
+
+def test_yaml_with_a_batch(model_file: str, tmp_path: Path) -> None:
+    """A catalogue is drawn at once, the same with one and two processes."""
+    config = make_catalog_config(model_file, tmp_path)
+    image = run_config_file(config)
+    flux = Table.read(tmp_path / "catalog.fits")["flux"]
+    stamps = image.reshape(3, 32, 3, 32).sum(axis=(1, 3))
+    np.testing.assert_allclose(stamps.ravel(), flux, rtol=0.15)
+    config["image"]["nproc"] = 2
+    np.testing.assert_array_equal(run_config_file(config), image)
+    config["gal"]["index"] = {"type": "Sequence", "first": 8, "step": -1}
+    turned = run_config_file(config)
+    stamps = [part.reshape(3, 32, 3, 32).swapaxes(1, 2) for part in (image, turned)]
+    np.testing.assert_array_equal(stamps[1], stamps[0][::-1, ::-1])
+    config["image"]["random_seed"] = 13
+    assert not np.allclose(run_config_file(config), turned, rtol=1e-3)
+
+
+def test_batches_are_single_galaxies(model_file: str, tmp_path: Path) -> None:
+    """A galaxy of a batch is the one that its repr makes."""
+    config = make_catalog_config(model_file, tmp_path)
+    catalog = CvaeCatalog(**config["input"]["cvae_catalog"], rng=galsim.BaseDeviate(3))
+    assert catalog.getNObjects() == 9
+    galaxy = catalog.make_galaxy(5)
+    other = eval(repr(galaxy), {"galsim": galsim, "lsst": lsst})
+    assert galaxy == other
+    np.testing.assert_allclose(draw(galaxy), draw(other), atol=1e-5 * draw(other).max())
+    with pytest.raises(IndexError, match="no galaxy 9"):
+        catalog.make_galaxy(9)
+
+
+@pytest.mark.parametrize(
+    ("catalog", "message"),
+    [({"mag": np.full(9, 29.0)}, "magnitude 29.00"), ({"radius": np.full(9, np.nan)}, "no galaxy has")],
+)
+def test_batch_outside_the_training_set(
+    model_file: str, tmp_path: Path, catalog: dict[str, np.ndarray], message: str
+) -> None:
+    """Catalogues with other galaxies, or none, are refused."""
+    config = make_catalog_config(model_file, tmp_path, **catalog)
+    with pytest.raises(ConditionError, match=message):
+        run_config_file(config)
+    config["input"]["cvae_catalog"]["redshift"] = "photoz"
+    with pytest.raises(KeyError, match="no columns .*photoz"):
+        run_config_file(config)
 
 
 def test_yaml_with_processes(model_file: str, tmp_path: Path) -> None:

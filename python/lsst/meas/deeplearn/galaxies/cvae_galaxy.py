@@ -23,24 +23,33 @@
 """Galaxies of a trained model as profiles of GalSim, and in its YAML files.
 
 With ``modules: [lsst.meas.deeplearn.galaxies.cvae_galaxy]`` a configuration
-file of GalSim has an input type ``cvae_model`` and an object type
-``CvaeGalaxy``::
+file of GalSim has two ways to draw them.  The input ``cvae_catalog`` draws the
+galaxies of a catalogue in batches, once for each output file, and objects
+of type ``CvaeCatalogGalaxy`` take them from there::
 
     modules:
       - lsst.meas.deeplearn.galaxies.cvae_galaxy
     input:
-      cvae_model:
-        file_name: cosmos_cvae.safetensors
+      cvae_catalog:
+        model: galaxy_cvae.safetensors
+        file_name: galaxies.fits  # half_light_radius, magnitude, redshift
         outside: clip
-      catalog:
-        file_name: galaxies.fits
+    gal:
+      type: CvaeCatalogGalaxy
+      shear: {type: G1G2, g1: 0.02, g2: 0.0}
+
+The input ``cvae_model`` draws objects of type ``CvaeGalaxy`` one by one, for
+conditions that the file computes in any way that GalSim has::
+
+    input:
+      cvae_model:
+        file_name: galaxy_cvae.safetensors
     gal:
       type: CvaeGalaxy
-      half_light_radius: {type: Catalog, col: radius}   # arcsec
-      magnitude: {type: Catalog, col: mag}              # AB, F814W
-      redshift: {type: Catalog, col: z}
-      flux: {type: Catalog, col: flux}                  # optional
-      shear: {type: G1G2, g1: 0.02, g2: 0.0}
+      half_light_radius: {type: Random, min: 0.2, max: 0.5}  # arcsec
+      magnitude: 23.0  # AB, F814W
+      redshift: 0.7
+      flux: 10.0  # optional
 
 Galaxies follow the random seed of the file: the same seed draws the same
 galaxies, in whatever order and with however many processes.
@@ -48,7 +57,7 @@ galaxies, in whatever order and with however many processes.
 
 from __future__ import annotations
 
-__all__ = ("CvaeGalaxy", "CvaeModel", "make_profile")
+__all__ = ("CvaeCatalog", "CvaeGalaxy", "CvaeModel", "make_profile")
 
 import functools
 import logging
@@ -56,6 +65,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import galsim
 import numpy as np
+from astropy.table import Table
 from galsim.config import InputLoader, RegisterInputType, RegisterObjectType
 
 from ..model_package import ModelPackage
@@ -68,12 +78,16 @@ NJY_ZERO_POINT = 31.4
 """AB magnitude of one nJy."""
 
 
+CATALOG_BATCH_SIZE = 16
+"""Galaxies of a catalogue that are decoded at once."""
+
+
 @functools.lru_cache(maxsize=4)
-def _make_sampler(file_name: str, outside: str) -> CvaeSampler:
+def _make_sampler(file_name: str, outside: str, batch_size: int = 1, device: str = "cpu") -> CvaeSampler:
     """Return the sampler of a model, which is loaded once a process."""
     from .cvae_sampling import CvaeSampler
 
-    return CvaeSampler(ModelPackage.read(file_name), outside=outside)
+    return CvaeSampler(ModelPackage.read(file_name), outside=outside, batch_size=batch_size, device=device)
 
 
 def make_profile(
@@ -194,6 +208,9 @@ class CvaeGalaxy(galsim.GSObject):
         Flux of the profile; that of the magnitude in nJy by default.
     gsparams
         Accuracy of drawing.
+    image
+        What `CvaeSampler.draw` returns for these conditions and this seed, if
+        it is at hand.
 
     Raises
     ------
@@ -223,6 +240,7 @@ class CvaeGalaxy(galsim.GSObject):
         seed: int = 0,
         flux: float | None = None,
         gsparams: galsim.GSParams | None = None,
+        image: np.ndarray | None = None,
     ) -> None:
         self.model = model if isinstance(model, CvaeModel) else CvaeModel(model)
         self.half_light_radius = float(half_light_radius)
@@ -242,7 +260,7 @@ class CvaeGalaxy(galsim.GSObject):
         _, outside = sampler.check(conditions)
         self.is_outside = bool(outside[0])
         """Whether the conditions are outside those of the training set."""
-        self._image = sampler.draw(conditions, [self.seed])[0]
+        self._image = sampler.draw(conditions, [self.seed])[0] if image is None else image
         self._pixel_scale = sampler.pixel_scale
 
     @galsim.utilities.lazy_property
@@ -359,6 +377,147 @@ def _build_cvae_galaxy(
     return galaxy, safe
 
 
-# Without proxy each process has a copy, and a network of its own.
+class CvaeCatalog:
+    """The galaxies of a catalogue, drawn in batches when it is read.
+
+    A galaxy depends on the seed and on its row, and to the last bit on the
+    rows of its batch.
+
+    Parameters
+    ----------
+    model
+        Path or URI of the ``.safetensors`` file.
+    file_name
+        Table in a format that astropy reads (FITS, ECSV, Parquet).
+    rng
+        Source of the seeds.
+    half_light_radius, magnitude, redshift
+        Names of the columns with the conditions: arcsec, AB, redshift.
+    flux
+        Name of the column with fluxes; by default those of the magnitudes in
+        nJy.
+    outside
+        As for `CvaeModel`.
+    batch_size
+        Number of galaxies to decode at once.
+    device
+        Where to, as torch names it.
+
+    Raises
+    ------
+    FileNotFoundError
+        Raised if there is no such file.
+    ModelPackageError
+        Raised if it is not a galaxy model.
+    KeyError
+        Raised if a column is not in the table.
+    ConditionError
+        Raised for conditions that no galaxy has, and for those outside the
+        training set unless told otherwise.
+    """
+
+    _req_params: ClassVar[dict[str, type]] = {"model": str, "file_name": str}
+    _opt_params: ClassVar[dict[str, type]] = {
+        "half_light_radius": str,
+        "magnitude": str,
+        "redshift": str,
+        "flux": str,
+        "outside": str,
+        "batch_size": int,
+        "device": str,
+    }
+    _single_params: ClassVar[list[dict[str, type]]] = []
+    _takes_rng: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: str,
+        file_name: str,
+        *,
+        rng: galsim.BaseDeviate,
+        half_light_radius: str = "half_light_radius",
+        magnitude: str = "magnitude",
+        redshift: str = "redshift",
+        flux: str | None = None,
+        outside: str = "raise",
+        batch_size: int = CATALOG_BATCH_SIZE,
+        device: str = "cpu",
+    ) -> None:
+        self.model = CvaeModel(model, outside)
+        table = Table.read(file_name)
+        columns = [half_light_radius, magnitude, redshift, *([flux] if flux else [])]
+        if missing := [name for name in columns if name not in table.colnames]:
+            raise KeyError(f"{file_name} has no columns {missing}; it has {table.colnames}.")
+        self._conditions = np.column_stack(
+            [np.ma.filled(np.ma.asarray(table[name], dtype=np.float64), np.nan) for name in columns[:3]]
+        )
+        self._fluxes = None if flux is None else np.asarray(table[flux], dtype=np.float64)
+        seed = rng.raw()
+        seeds = np.random.SeedSequence(seed).generate_state(len(table), np.uint64) >> np.uint64(1)
+        self._seeds = seeds.astype(np.int64)
+        sampler = _make_sampler(self.model.file_name, outside, batch_size, device)
+        self._images = sampler.draw(self._conditions, self._seeds)
+
+    def getNObjects(self) -> int:
+        """Return the number of galaxies."""
+        return len(self._conditions)
+
+    def make_galaxy(
+        self, index: int, *, flux: float | None = None, gsparams: galsim.GSParams | None = None
+    ) -> CvaeGalaxy:
+        """Return the galaxy of a row.
+
+        Parameters
+        ----------
+        index
+            Number of the row, from 0.
+        flux
+            Flux of the profile; by default that of the catalogue.
+        gsparams
+            Accuracy of drawing.
+
+        Raises
+        ------
+        IndexError
+            Raised if there is no such row.
+        """
+        if not 0 <= index < len(self._conditions):
+            raise IndexError(f"There is no galaxy {index} in a catalogue of {len(self._conditions)}.")
+        if flux is None and self._fluxes is not None:
+            flux = float(self._fluxes[index])
+        radius, magnitude, redshift = self._conditions[index].tolist()
+        return CvaeGalaxy(
+            self.model,
+            radius,
+            magnitude,
+            redshift,
+            seed=int(self._seeds[index]),
+            flux=flux,
+            gsparams=gsparams,
+            image=self._images[index],
+        )
+
+
+def _build_catalog_galaxy(
+    config: dict[str, Any],
+    base: dict[str, Any],
+    ignore: list[str],
+    gsparams: dict[str, Any] | None,
+    logger: logging.Logger | None,
+) -> tuple[CvaeGalaxy, bool]:
+    """Build an object of type ``CvaeCatalogGalaxy``, as GalSim calls it."""
+    catalog = galsim.config.GetInputObj("cvae_catalog", config, base, "CvaeCatalogGalaxy")
+    # Rows are counted from the first object of the file.
+    galsim.config.SetDefaultIndex(config, catalog.getNObjects())
+    kwargs, safe = galsim.config.GetAllParams(
+        config, base, req={"index": int}, opt={"flux": float}, ignore=[*ignore, "num"]
+    )
+    return catalog.make_galaxy(**kwargs, gsparams=galsim.GSParams(**gsparams) if gsparams else None), safe
+
+
+# Without proxy each process has a copy, and a network of its own; catalogues
+# are drawn before there are processes.
 RegisterInputType("cvae_model", InputLoader(CvaeModel, use_proxy=False))
+RegisterInputType("cvae_catalog", InputLoader(CvaeCatalog, has_nobj=True, use_proxy=False))
 RegisterObjectType("CvaeGalaxy", _build_cvae_galaxy, input_type="cvae_model")
+RegisterObjectType("CvaeCatalogGalaxy", _build_catalog_galaxy, input_type="cvae_catalog")
