@@ -240,13 +240,17 @@ class CellPsf:
             PSF centred on a pixel, or `None` where the coadd has no PSF.
         """
         pixel = YX(y=math.floor(y + 0.5), x=math.floor(x + 0.5))
+        kernel = self._get_cell_kernel(pixel)
+        # The centre of a cell may be the one place without input images.
+        return self._try(x=pixel.x, y=pixel.y) if kernel is None else kernel
+
+    def _get_cell_kernel(self, pixel: YX[int]) -> np.ndarray | None:
+        """Return the kernel at the centre of the cell of a pixel."""
         index = self._grid.index_of(x=pixel.x, y=pixel.y)
         if (key := index.as_tuple()) not in self._kernels:
             center = self._grid.bbox_of(index)
             self._kernels[key] = self._try(x=center.x.center, y=center.y.center)
-        # The centre of a cell may be the one place without input images.
-        kernel = self._kernels[key]
-        return self._try(x=pixel.x, y=pixel.y) if kernel is None else kernel
+        return self._kernels[key]
 
     def compute_stars(self, *, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
         """Return the images of stars at positions.
@@ -264,16 +268,27 @@ class CellPsf:
             Shape ``(N, size, size)``; NaN where the coadd has no PSF.
         """
         stars = np.full((len(x), size, size), np.nan)
-        dx, dy = x - np.floor(x + 0.5), y - np.floor(y + 0.5)
-        kernels = [self.compute_kernel(x=a, y=b) for a, b in zip(x, y, strict=True)]
-        # All stars of a cell share a kernel, and are shifted together.
-        rows_of: dict[int, list[int]] = {}
-        for row, kernel in enumerate(kernels):
-            rows_of.setdefault(id(kernel), []).append(row)
-        for rows in rows_of.values():
-            if (kernel := kernels[rows[0]]) is not None:
-                stars[rows] = shift_kernel(kernel, dx=dx[rows], dy=dy[rows], size=size)
+        column, row = np.floor(x + 0.5).astype(np.int64), np.floor(y + 0.5).astype(np.int64)
+        dx, dy = x - column, y - row
+        for members in self._group_by_cell(column, row):
+            kernel = self._get_cell_kernel(YX(y=int(row[members[0]]), x=int(column[members[0]])))
+            if kernel is not None:
+                # All stars of a cell share a kernel, and are shifted together.
+                stars[members] = shift_kernel(kernel, dx=dx[members], dy=dy[members], size=size)
+                continue
+            for k in members:
+                if (kernel := self._try(x=int(column[k]), y=int(row[k]))) is not None:
+                    stars[k] = shift_kernel(kernel, dx=dx[k], dy=dy[k], size=size)
         return stars
+
+    def _group_by_cell(self, column: np.ndarray, row: np.ndarray) -> list[np.ndarray]:
+        """Return the indices of the pixels of each cell that has any."""
+        if not len(column):
+            return []
+        box, cell = self._grid.bbox, self._grid.cell_shape
+        cells = np.stack([(row - box.y.start) // cell.y, (column - box.x.start) // cell.x], axis=1)
+        _, number, n_members = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
+        return np.split(np.argsort(number, kind="stable"), np.cumsum(n_members)[:-1])
 
     def _try(self, *, x: float, y: float) -> np.ndarray | None:
         try:

@@ -393,20 +393,13 @@ class CutoutExtractor:
         for b, band in enumerate(bands):
             if band not in coadd.planes:
                 continue
-            planes, bad_plane = coadd.planes[band], self._bad[band]
-            for k in np.flatnonzero(inside):
-                i, j = bottom[k], left[k]
-                rows = slice(max(i, 0), min(i + size, height))
-                columns = slice(max(j, 0), min(j + size, width))
-                stamp = (
-                    k,
-                    b,
-                    slice(rows.start - i, rows.stop - i),
-                    slice(columns.start - j, columns.stop - j),
-                )
-                image[stamp] = planes.image[rows, columns]
-                variance[stamp] = planes.variance[rows, columns]
-                bad[stamp] = bad_plane[rows, columns]
+            planes = coadd.planes[band]
+            for stamps, plane in (
+                (image, planes.image),
+                (variance, planes.variance),
+                (bad, self._bad[band]),
+            ):
+                _gather(stamps[:, b], plane, bottom=bottom, left=left, inside=inside, off_edge=off_edge)
             if side := self._psf_size:
                 psf[inside, b] = coadd.compute_psf_kernels(band, x=x[inside], y=y[inside], size=side)
             for cell in planes.missing_cells:
@@ -429,6 +422,42 @@ class CutoutExtractor:
             missing_band=missing_band,
             missing_cell=missing_cell,
         )
+
+
+def _gather(
+    stamps: np.ndarray,
+    plane: np.ndarray,
+    *,
+    bottom: np.ndarray,
+    left: np.ndarray,
+    inside: np.ndarray,
+    off_edge: np.ndarray,
+) -> None:
+    """Fill in the stamps of objects that lie on a plane.
+
+    Parameters
+    ----------
+    stamps
+        Stamps to fill in, shape ``(N, size, size)``.
+    plane
+        Pixels of the patch, shape ``(y, x)``.
+    bottom, left
+        Lower left pixels of the stamps, shape ``(N,)``.
+    inside, off_edge
+        Whether the centre of the stamp is on the plane, and whether a part
+        of it is not, shape ``(N,)``.
+    """
+    size = stamps.shape[-1]
+    height, width = plane.shape
+    if (whole := ~off_edge).any():
+        windows = np.lib.stride_tricks.sliding_window_view(plane, (size, size))
+        stamps[whole] = windows[bottom[whole], left[whole]]
+    for k in np.flatnonzero(inside & off_edge):
+        i, j = bottom[k], left[k]
+        rows = slice(max(i, 0), min(i + size, height))
+        columns = slice(max(j, 0), min(j + size, width))
+        part = np.s_[rows.start - i : rows.stop - i, columns.start - j : columns.stop - j]
+        stamps[k][part] = plane[rows, columns]
 
 
 def _check_odd(size: int) -> None:
