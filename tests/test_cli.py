@@ -23,6 +23,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,28 @@ def test_ingest_and_list_models(repository: Path, tmp_path: Path) -> None:
     assert listed.exit_code == 0, listed.output
     assert "models/test/v1" in listed.output
     assert "g,r,i" in listed.output
+
+
+def test_ingest_an_ensemble(repository: Path, tmp_path: Path) -> None:
+    """Several models go into runs of their own, and into a chain."""
+    paths = [tmp_path / f"{name}.safetensors" for name in ("a", "b")]
+    for path in paths:
+        dataclasses.replace(make_test_model(), name=path.stem).write(path)
+    result = run("ingest-deeplearn-model", repository, *paths, "--chain", "models/both")
+    assert result.exit_code == 0, result.output
+    butler = Butler.from_config(str(repository))
+    assert butler.collections.get_info("models/both").children == ("models/a/v1", "models/b/v1")
+    twice = run("ingest-deeplearn-model", repository, paths[0], paths[0], "--chain", "models/both")
+    assert twice.exit_code == 1
+    assert "different names" in twice.output
+    one_run = run("ingest-deeplearn-model", repository, *paths, "--run", "models/c/v1")
+    assert one_run.exit_code == 2
+    assert "--run names the run of one model" in one_run.output
+    taken = run(
+        "ingest-deeplearn-model", repository, paths[0], "--run", "models/d/v1", "--chain", "models/a/v1"
+    )
+    assert taken.exit_code == 1
+    assert "no chain" in taken.output
 
 
 def test_bad_models_are_refused(repository: Path, tmp_path: Path) -> None:

@@ -499,3 +499,17 @@ def test_batches_of_objects() -> None:
         for rows in (slice(0, 200), slice(200, 500))
     ]
     _assert_equal(Cutouts.concatenate(parts), whole)
+
+
+def test_crop() -> None:
+    """Cropping keeps the central pixels of all planes."""
+    image = np.arange(2 * 7 * 7, dtype=np.float32).reshape(1, 2, 7, 7)
+    cutouts = _make_cutouts(image)
+    cropped = cutouts.crop(3)
+    assert cropped.size == 3
+    np.testing.assert_array_equal(cropped.image, image[..., 2:5, 2:5])
+    assert cropped.variance.shape == cropped.bad.shape == (1, 2, 3, 3)
+    assert cutouts.crop(7) is cutouts
+    for size, message in ((9, "cannot be cropped"), (4, "odd")):
+        with pytest.raises(ValueError, match=message):
+            cutouts.crop(size)

@@ -24,6 +24,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -102,3 +104,18 @@ def test_all_parameters_learn() -> None:
     network(torch.randn(8, 3, 45, 45)).square().sum().backward()
     still = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().any()]
     assert still == []
+
+
+def test_folded_norms_change_nothing() -> None:
+    """A network whose normalisations are folded gives the same logits."""
+    torch.manual_seed(3)
+    network = DeepLens(in_bands=2, width=0.25, blocks=2)
+    x = torch.randn(6, 2, 45, 45)
+    network(x)  # Gives the normalisations something to do.
+    network.eval()
+    folded = copy.deepcopy(network)
+    folded.fold_norms()
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(x), network(x), rtol=1e-4, atol=1e-4)
+    n_norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in n.modules()) for n in (network, folded)]
+    assert n_norms == [1 + 3 * 10 - 1, 10 - 1]

@@ -23,14 +23,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import astropy.units as u
 import numpy as np
 import pytest
 from astropy.table import Table
+from scipy.special import expit, logit
 
-from lsst.daf.butler import Butler
+from lsst.daf.butler import Butler, CollectionType, DataCoordinate
 from lsst.images import Box, MaskedImage
 from lsst.meas.deeplearn.coadds import MultibandCoadd
 from lsst.meas.deeplearn.cutouts import Cutouts
@@ -40,7 +42,8 @@ from lsst.meas.deeplearn.lenses.lens_finder_task import (
     LensFinderConnections,
     LensFinderTask,
 )
-from lsst.meas.deeplearn.model_package import ModelPackageError, ingest_model
+from lsst.meas.deeplearn.lenses.likelihood_ratio import ScoreCalibration
+from lsst.meas.deeplearn.model_package import ModelPackageError, find_models, ingest_model, load_model
 from lsst.meas.deeplearn.object_selection import SelectionError
 from lsst.meas.deeplearn.tests import make_test_coadds, make_test_model, make_test_repository
 from lsst.pex.config import FieldValidationError
@@ -218,6 +221,44 @@ def test_model_bands_are_picked_by_name(coadd: MultibandCoadd) -> None:
     )
 
 
+def test_ensemble(coadd: MultibandCoadd) -> None:
+    """Members of other scales and stamps score together with the others."""
+    objects = make_objects(coadd, [50, 150, 220], [60, 140, 230])
+    models = [
+        make_test_model(),
+        make_test_model("irg", seed=2, stamp_size=41),
+        make_test_model(seed=3, pixel_scale=0.168),
+    ]
+    task = LensFinderTask(config=make_config(doRingFinder=False))
+    table = task.run(coadd, objects, models).candidates
+    alone = [logit(task.run(coadd, objects, [model]).candidates["score"]) for model in models]
+    np.testing.assert_allclose(logit(table["score"]), np.mean(alone, axis=0), rtol=1e-4)
+    np.testing.assert_allclose(table["score_err"], np.std(expit(alone), axis=0, ddof=1), rtol=1e-4)
+    assert np.isnan(table["probability"]).all()
+    assert set(table["model_name"]) == {"test,test,test"}
+
+
+def test_calibrated_probability(coadd: MultibandCoadd) -> None:
+    """A calibrated model gives probabilities for the prevalence."""
+    objects = make_objects(coadd, [50, 150], [60, 140])
+    calibration = ScoreCalibration(np.array([-50.0]), np.array([1, 500]), np.array([500, 50]))
+    model = dataclasses.replace(make_test_model(), record={"calibration": calibration.to_dict()})
+    table = LensFinderTask(config=make_config(prevalence=0.01)).run(coadd, objects, [model]).candidates
+    np.testing.assert_allclose(table["log_likelihood_ratio"], calibration.log_ratios[1])
+    odds = np.exp(calibration.log_ratios[1]) * 0.01 / 0.99
+    np.testing.assert_allclose(table["probability"], odds / (1 + odds))
+    assert (table["probability_err"] > 0).all()
+
+
+def test_members_of_an_ensemble_must_agree(coadd: MultibandCoadd) -> None:
+    """Members that see other bands are refused, by name."""
+    other = dataclasses.replace(make_test_model("gi"), name="other")
+    with pytest.raises(ModelPackageError, match="other 1 sees bands g, i, but test 1 sees g, r, i"):
+        LensFinderTask(config=make_config()).run(
+            coadd, make_objects(coadd, [150], [150]), [make_test_model(), other]
+        )
+
+
 def test_ring_finder_alone(coadd: MultibandCoadd) -> None:
     """Without a network there is no model, and RingFinder counts."""
     config = make_config(doDeepLens=False)
@@ -294,6 +335,34 @@ def test_in_a_repository(repository: Path, dimensions: str) -> None:
         assert table["score"].description
         ids = butler.get("lens_cutouts", skymap="test", tract=0, patch=int(table["patch"][0]))["ids"]
         assert set(ids) <= set(table["objectId"])
+
+
+def test_models_are_chosen_by_collections(tmp_path: Path) -> None:
+    """All models of the inputs count, but of a name only the first version."""
+    Butler.makeRepo(str(tmp_path / "repo"))
+    butler = Butler.from_config(str(tmp_path / "repo"), writeable=True)
+    for run in ("models/a/v1", "models/a/v2", "models/b/v1", "u/me/training", "u/me/other/training"):
+        ingest_model(butler, make_test_model(), run=run)
+    butler.collections.register("models/all", CollectionType.CHAINED)
+    butler.collections.redefine_chain("models/all", ["models/b/v1", "models/a/v1"])
+    dataset_type = butler.get_dataset_type("deeplens_model")
+    empty = DataCoordinate.make_empty(butler.dimensions)
+
+    def find(*collections: str) -> list[str]:
+        return [ref.run for ref in find_models(dataset_type, butler.registry, empty, collections)]
+
+    assert find("models/a/v1") == ["models/a/v1"]
+    assert find("models/a/v2", "models/a/v1") == ["models/a/v2"]
+    assert find("models/all", "models/a/v2") == ["models/b/v1", "models/a/v1"]
+    assert find("u/me/other/training", "u/me/training") == ["u/me/other/training", "u/me/training"]
+
+
+def test_models_are_loaded_once(repository: Path) -> None:
+    """Quanta of a process share a model, its network and what is compiled."""
+    butler = Butler.from_config(str(repository), collections="models/test")
+    first, second = (load_model(butler.getDeferred("deeplens_model")) for _ in range(2))
+    assert first is second
+    assert first.network is second.network
 
 
 def test_wrong_model_stops_the_run(repository: Path) -> None:

@@ -211,10 +211,20 @@ def _get_engine(
     num_threads: int,
 ) -> _Engine:
     """Return what is ready for a network, or make it ready."""
-    key = (shape, device, config.engine, config.precision, config.batchSize, num_threads)
+    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device == "cuda")
+    batch_size = config.batchSize if device == "cuda" else CPU_BATCH
+    key = (shape, device, config.engine, bfloat16, batch_size, num_threads)
     engines = _engines.setdefault(network, {})
     if key not in engines:
-        engines[key] = _make_engine(network, shape, device, config, num_threads)
+        engines[key] = _make_engine(
+            network,
+            shape,
+            device,
+            config.engine,
+            bfloat16=bfloat16,
+            batch_size=batch_size,
+            num_threads=num_threads,
+        )
         _LOG.info("Networks run with %s.", engines[key])
     return engines[key]
 
@@ -223,21 +233,21 @@ def _make_engine(
     network: torch.nn.Module,
     shape: tuple[int, ...],
     device: str,
-    config: InferenceConfig,
+    library: str,
+    *,
+    bfloat16: bool,
+    batch_size: int,
     num_threads: int,
 ) -> _Engine:
-    """Make a network ready with the engine of the configuration."""
-    wants_bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device == "cuda")
-    if device == "cpu" and config.engine != "torch":
+    """Make a network ready with the library of the configuration."""
+    if device == "cpu" and library != "torch":
         try:
-            return _OpenVinoEngine(network, shape, bfloat16=wants_bfloat16, num_threads=num_threads)
+            return _OpenVinoEngine(network, shape, bfloat16=bfloat16, num_threads=num_threads)
         except Exception as err:
             # Torch always works, and what OpenVINO raises is not documented.
-            log = _LOG.warning if config.engine == "openvino" else _LOG.info
+            log = _LOG.warning if library == "openvino" else _LOG.info
             log("Networks run with torch, not with OpenVINO: %s", str(err).strip().partition("\n")[0])
-    return _TorchEngine(
-        network, device, bfloat16=wants_bfloat16, batch_size=config.batchSize, num_threads=num_threads
-    )
+    return _TorchEngine(network, device, bfloat16=bfloat16, batch_size=batch_size, num_threads=num_threads)
 
 
 class _TorchEngine:
@@ -252,7 +262,7 @@ class _TorchEngine:
     bfloat16
         Whether to round weights and activations to bfloat16.
     batch_size
-        Number of stamps in a pass on a GPU.
+        Number of stamps in a pass.
     num_threads
         Number of threads on a CPU.
     """
@@ -264,7 +274,7 @@ class _TorchEngine:
 
         self._device = torch.device(device)
         self._num_threads = num_threads
-        self._batch_size = batch_size if device == "cuda" else CPU_BATCH
+        self._batch_size = batch_size
         if bfloat16 and not self._has_bfloat16(device):
             _LOG.warning("The %s has no bfloat16 arithmetic; networks run in float32.", device)
             bfloat16 = False

@@ -435,12 +435,7 @@ class LensFinderTask(PipelineTask):
         """Return the side in pixels of the stamps that all classifiers see."""
         if not models:
             return _round_up_to_odd(self.config.stampExtent / pixel_scale)
-        return max(
-            _round_up_to_odd(model.settings.stamp_size * model.settings.pixel_scale / pixel_scale)
-            if _needs_resampling(model.settings, pixel_scale)
-            else model.settings.stamp_size
-            for model in models
-        )
+        return max(_compute_cut_size(model.settings, pixel_scale) for model in models)
 
     def _describe(self, rows: Table, cutouts: Cutouts, coadd: MultibandCoadd) -> np.ndarray:
         """Fill in positions and flags; return which stamps can be scored."""
@@ -497,12 +492,21 @@ def _needs_resampling(settings: ModelSettings, pixel_scale: float) -> bool:
     return abs(settings.pixel_scale / pixel_scale - 1) > SCALE_TOLERANCE
 
 
+def _compute_cut_size(settings: ModelSettings, pixel_scale: float) -> int:
+    """Return the side of stamps of the coadd that a network needs."""
+    if _needs_resampling(settings, pixel_scale):
+        return _round_up_to_odd(settings.stamp_size * settings.pixel_scale / pixel_scale)
+    return settings.stamp_size
+
+
 def _make_inputs(cutouts: Cutouts, settings: ModelSettings) -> np.ndarray:
     """Return what a network sees of stamps, ``(N, bands, y, x)``."""
+    # Cropped first: a network sees the same alone as in an ensemble.
     stamps = cutouts.select_bands(settings.bands)
+    stamps = stamps.crop(_compute_cut_size(settings, cutouts.pixel_scale))
     if _needs_resampling(settings, stamps.pixel_scale):
         stamps = stamps.resample(settings.pixel_scale, settings.stamp_size)
-    return settings.preprocessing.apply(stamps.crop(settings.stamp_size))
+    return settings.preprocessing.apply(stamps)
 
 
 def _choose_best(candidates: Table, columns: list[str], n: int) -> np.ndarray:

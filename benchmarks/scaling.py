@@ -1,0 +1,195 @@
+# This file is part of meas_deeplearn.
+#
+# Developed for the LSST Data Management System.
+# This product includes software developed by the LSST Project
+# (https://www.lsst.org).
+# See the COPYRIGHT file at the top-level directory of this distribution
+# for details of code ownership.
+#
+# This program is free software: you can redistribute it and/or modify
+# it under the terms of the GNU General Public License as published by
+# the Free Software Foundation, either version 3 of the License, or
+# (at your option) any later version.
+#
+# This program is distributed in the hope that it will be useful,
+# but WITHOUT ANY WARRANTY; without even the implied warranty of
+# MERCHANTABILITY or FITNESS FOR A PARTICULAR PURPOSE.  See the
+# GNU General Public License for more details.
+#
+# You should have received a copy of the GNU General Public License
+# along with this program.  If not, see <https://www.gnu.org/licenses/>.
+
+
+"""Start-up, overhead of a quantum, and how time grows.
+
+Patches run one after the other in one process, as those of a cluster of BPS
+do: the first pays for imports, the model and its compilation.
+"""
+
+from __future__ import annotations
+
+__all__ = ("run",)
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+from astropy.table import Table, vstack
+from patch import make_published_model, timed
+from results import Result
+
+from lsst.daf.butler import Butler
+from lsst.meas.deeplearn.coadds import MultibandCoadd
+from lsst.meas.deeplearn.lenses.lens_finder_task import LensFinderConfig, LensFinderTask
+from lsst.meas.deeplearn.model_package import ingest_model
+from lsst.meas.deeplearn.tests import make_test_coadds, make_test_repository
+from lsst.pipe.base.simple_pipeline_executor import SimplePipelineExecutor
+
+QUIET = 0.7
+"""Load above which wall times mean nothing, and are not taken."""
+
+
+def run(*, quick: bool) -> list[Result]:
+    """Time start-up, objects, patches and processes.
+
+    Parameters
+    ----------
+    quick
+        Whether to take few objects and patches.
+    """
+    return _time_start_up() + _time_objects(quick=quick) + _time_patches(quick=quick)
+
+
+def _time_start_up() -> list[Result]:
+    """Time imports, each in a process of its own."""
+    results = []
+    for what, code in (
+        ("import of the task", "import lsst.meas.deeplearn.lenses.lens_finder_task"),
+        ("import of torch", "import torch"),
+        ("import of OpenVINO", "from lsst.meas.deeplearn.inference import _import_openvino as f; f()"),
+    ):
+        timed = f"import time; {code}; print(time.process_time())"
+        command = [sys.executable, "-c", timed]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            results.append(Result("start-up", what, float(done.stdout), "CPU s"))
+    return results
+
+
+def _make_config() -> LensFinderConfig:
+    config = LensFinderConfig()
+    config.inference.update(device="cpu", averageOrientations=1)
+    config.selection = ["i_psfFlux > 0"]
+    config.doRingFinder = False
+    return config
+
+
+def _time_objects(*, quick: bool) -> list[Result]:
+    """Time a patch in memory with more and more objects."""
+    coadd = MultibandCoadd.from_coadds(make_test_coadds(shape=(900, 900), n_cells=(6, 6)))
+    n_objects = 32 if quick else 256
+    rng = np.random.default_rng(1)
+    x, y = rng.uniform(30, 870, (2, n_objects))
+    ra, dec = coadd.pixel_to_sky(x=x + coadd.bbox.x.start, y=y + coadd.bbox.y.start)
+    objects = Table({"objectId": np.arange(n_objects), "coord_ra": ra, "coord_dec": dec})
+    objects["i_psfFlux"] = 1.0
+    task, model = LensFinderTask(config=_make_config()), make_published_model()
+    task.run(coadd, objects, [model])
+    results, first = [], 0.0
+    for factor in (1, 2, 4):
+        table = vstack([objects] * factor, metadata_conflicts="silent")
+        start = time.process_time()
+        task.run(coadd, table, [model])
+        seconds = time.process_time() - start
+        first = first or seconds
+        what = f"{len(table)} objects; time for each against that of {n_objects}"
+        results.append(Result("scaling", what, seconds / factor / first, ""))
+    return results
+
+
+def _time_patches(*, quick: bool) -> list[Result]:
+    """Time 1, 2, 4 and 8 small patches in one process, and two processes."""
+    numbers = (1, 2) if quick else (1, 2, 4, 8)
+    with tempfile.TemporaryDirectory() as folder:
+        root = f"{folder}/repo"
+        butler = make_test_repository(
+            root, n_patches=(1, numbers[-1]), inner_cells=(8, 8), n_sources=40 * numbers[-1]
+        )
+        ingest_model(butler, make_published_model(), run="models")
+        totals = {}
+        results = []
+        for n in (1, *numbers):  # The first run compiles.
+            executor = _make_executor(root, list(range(n)), f"run_{n}_{len(totals)}")
+            start = time.process_time()
+            executor.run(register_dataset_types=True)
+            if n in totals or n > 1:
+                results.append(Result("scaling", f"{n} patch(es)", time.process_time() - start, "CPU s"))
+            totals[n] = time.process_time() - start
+        n = np.array(numbers, dtype=float)
+        seconds = np.array([totals[k] for k in numbers])
+        slope, constant = np.polyfit(n, seconds, 1)
+        results.append(Result("scaling", "a further patch", slope, "CPU s"))
+        residual = abs(constant + slope * n - seconds) / seconds
+        results.append(Result("scaling", "largest deviation from a straight line", 100 * residual.max(), "%"))
+        results.append(Result("scaling", "overhead of a quantum", _time_overhead(root, butler), "CPU s"))
+        if not quick and os.getloadavg()[0] < QUIET and (os.cpu_count() or 1) > 1:
+            results.append(_time_processes(root, numbers[-1]))
+    return results
+
+
+def _make_executor(root: str, patches: list[int], output: str, **overrides: Any) -> SimplePipelineExecutor:
+    config = _make_config()
+    config.update(**overrides)
+    butler = SimplePipelineExecutor.prep_butler(root, inputs=["test/coadds", "models"], output=output)
+    where = f"skymap='test' AND tract=0 AND patch IN ({','.join(map(str, patches))})"
+    return SimplePipelineExecutor.from_task_class(LensFinderTask, config=config, butler=butler, where=where)
+
+
+def _time_overhead(root: str, butler: Butler) -> float:
+    """Return the CPU time of a quantum less that of reading its coadds.
+
+    A further quantum of a process, which finds no objects to score.
+    """
+    patches = sorted({int(ref.dataId["patch"]) for ref in butler.query_datasets("deep_coadd")})
+    totals = []
+    for chosen in (patches[:1], patches):
+        executor = _make_executor(
+            root, chosen, f"overhead_{len(chosen)}", selection=["i_psfFlux > 1e30"], psfSize=1
+        )
+        seconds: dict[str, float] = defaultdict(float)
+        with timed(seconds):
+            start = time.process_time()
+            executor.run(register_dataset_types=True)
+            totals.append(time.process_time() - start - seconds["read"])
+    return (totals[1] - totals[0]) / (len(patches) - 1)
+
+
+def _run_patches(root: str, patches: list[int], output: str) -> None:
+    _make_executor(root, patches, output).run(register_dataset_types=True)
+
+
+def _time_processes(root: str, n_patches: int) -> Result:
+    """Return how much faster two processes are than one, by the clock."""
+    context = multiprocessing.get_context("spawn")
+    times = []
+    for n_processes in (1, 2):
+        start = time.perf_counter()
+        processes = [
+            context.Process(
+                target=_run_patches,
+                args=(root, list(range(k, n_patches, n_processes)), f"processes_{n_processes}_{k}"),
+            )
+            for k in range(n_processes)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        times.append(time.perf_counter() - start)
+    return Result("scaling", "two processes against one", times[0] / times[1], "x")
