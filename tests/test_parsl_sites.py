@@ -25,7 +25,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -105,6 +104,24 @@ def test_tasks_and_clusters_are_routed(names: str, caplog: pytest.LogCaptureFixt
             assert site.select_executor(make_job("scorePatches", lensFinder=25)) == "gpu"
     assert site.select_executor(make_job("rankLensCandidates")) == "cpu"
     assert caplog.messages == ["Jobs of scorePatches run on executor gpu."]
+
+
+@pytest.mark.parametrize("command", ["exec {}", "trap : EXIT; {}; true"], ids=["same", "child"])
+def test_job_ends_with_its_worker(command: str, tmp_path: Path) -> None:
+    """A job is killed soon after its worker, whether it has taken the place
+    of the shell or not.
+    """
+    words = ["sleep", f"60.{os.getpid()}"]
+    script = tmp_path / "job.sh"
+    script.write_text(f"{make_site().get_command_prefix()}\n{command.format(' '.join(words))}\n")
+    worker = subprocess.Popen(["bash", "-c", f"bash {script}; true"], stderr=subprocess.DEVNULL)
+    jobs: list[psutil.Process] = []
+    while not jobs and worker.poll() is None:
+        time.sleep(0.1)
+        jobs = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == words]
+    worker.kill()  # It is a zombie until the next wait.
+    assert not psutil.wait_procs(jobs, timeout=60)[1]
+    worker.wait()
 
 
 def test_command_prefix() -> None:
@@ -216,6 +233,18 @@ def start_submission(folder: Path, repository: Path, config: str, output: str, *
     )
 
 
+def wait_for_job(folder: Path, submission: subprocess.Popen[bytes], text: str) -> Path:
+    """Return the log of the first job that has written a line that begins
+    with a text.
+    """
+    while submission.poll() is None:
+        for log in folder.glob("*/logs/scorePatches/*/*.stderr"):
+            if re.search(f"^{text}", log.read_text(), re.MULTILINE):
+                return log
+        time.sleep(0.5)
+    raise AssertionError("bps has ended; see its log.")
+
+
 def get_files(repository: Path, name: str, collection: str) -> dict[int, tuple[Path, int]]:
     """Return file and time of change of the datasets of each patch."""
     butler = Butler.from_config(str(repository))
@@ -237,15 +266,8 @@ def test_killed_worker_and_restart(repository: Path, tmp_path: Path) -> None:
         cluster: {{scorePatches: {{partitionMaxSize: 3}}}}
     """
     submission = start_submission(tmp_path, repository, config, "lenses/killed")
-    victim = None
-    while victim is None and submission.poll() is None:
-        time.sleep(0.5)
-        for log in tmp_path.glob("submit/lenses/killed/*/logs/scorePatches/0/*.stderr"):
-            if "Executed 1 quanta" in log.read_text():
-                victim = log
-                break
-    assert victim is not None, (tmp_path / "bps.log").read_text()
-    device = _read_device(victim)
+    log = wait_for_job(tmp_path / "submit/lenses/killed", submission, "Job on")
+    device = _read_device(log)
     job = next(
         process
         for process in psutil.process_iter(["cmdline", "environ"])
@@ -253,9 +275,14 @@ def test_killed_worker_and_restart(repository: Path, tmp_path: Path) -> None:
         and any(str(tmp_path) in word for word in command)
         and process.info["environ"]["CUDA_VISIBLE_DEVICES"] == device
     )
-    job.parent().send_signal(signal.SIGKILL)
+    while "Executed 1 quanta" not in log.read_text():
+        time.sleep(0.1)
+    job.suspend()
+    assert "Executed 3 quanta" not in log.read_text()
+    worker = next(process for process in job.parents() if "--multiprocessing-fork" in process.cmdline())
+    worker.kill()
+    assert not psutil.wait_procs([job], timeout=60)[1], "The job has outlived its worker."
     assert submission.wait() == 0
-    assert not job.is_running(), "The job has outlived its worker."
 
     (folder,) = tmp_path.glob("submit/lenses/killed/*")
     jobs = sorted(folder.glob("logs/scorePatches/0/*.stderr"))

@@ -74,11 +74,14 @@ _CORES_PER_WORKER = 1e-3
 
 _TELL_DEVICES = 'echo "Job on $(hostname), CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-not set}" >&2'
 
-# A job outlives a worker that is killed, and would share the GPU, and write
-# the same files, with its own second try.
-_END_WITH_WORKER = (
-    "(while kill -0 $$; do kill -0 $PPID || kill -KILL $$; sleep 2; done) >/dev/null 2>&1 </dev/null &"
-)
+# A job outlives a worker that is killed (and may stay a zombie), and would
+# share the GPU, and write the same files, with its own second try.  The shell
+# of the job may have become the job, or have it as its youngest child.
+_END_WITH_WORKER = """\
+(while kill -0 $$; do
+    ps -o stat= -p $PPID | grep -q "^[^Z]" || kill -KILL $$ $(pgrep -P $$ | sort -rn)
+    sleep 2
+done) >/dev/null 2>&1 </dev/null &"""
 
 
 class GpuSite(SiteConfig, abc.ABC):
