@@ -27,13 +27,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from astropy.table import Table
 
 from lsst.daf.butler import Butler
 from lsst.meas.deeplearn.coadds import MultibandCoadd
+from lsst.meas.deeplearn.galaxies.conditions import ARCHITECTURE, ConditionSpace
+from lsst.meas.deeplearn.galaxies.cvae import Cvae
+from lsst.meas.deeplearn.model_package import ModelPackage, ModelSettings
 from lsst.meas.deeplearn.shear.bias import PARAMETERS
+from lsst.meas.deeplearn.shear.noise import measure_noise_correlation
 from lsst.meas.deeplearn.shear.shear_bias_task import (
     BIAS_COLUMNS,
+    TRANSFER_COLUMNS,
     ShearBiasConfig,
     ShearBiasConnections,
     ShearBiasTask,
@@ -44,9 +50,10 @@ from lsst.meas.deeplearn.shear.shear_calib_task import (
     ShearCalibError,
     ShearCalibTask,
 )
+from lsst.meas.deeplearn.shear.simulation import correlate_noise
 from lsst.meas.deeplearn.tests import make_test_coadds, make_test_repository
 from lsst.pex.config import FieldValidationError
-from lsst.pipe.base import NoWorkFound, Pipeline
+from lsst.pipe.base import InvalidQuantumError, NoWorkFound, Pipeline
 from lsst.pipe.base.simple_pipeline_executor import SimplePipelineExecutor
 from lsst.pipe.base.testUtils import lintConnections
 
@@ -67,6 +74,29 @@ def make_config(**kwargs: object) -> ShearCalibConfig:
     config = ShearCalibConfig()
     config.update(**(SMALL | kwargs))
     return config
+
+
+def make_galaxy_model(size: int = 64, pixel_scale: float = 0.06) -> ModelPackage:
+    """Return a conditional VAE with random weights."""
+    conditions = [[r, m, z] for r in (0.1, 1.0) for m in (18.0, 26.0) for z in (0.01, 4.0)]
+    network = {
+        "conditions": ConditionSpace.fit(np.array(conditions)).to_settings(),
+        "pixel_scale": pixel_scale,
+        "size": size,
+        "width": 2,
+        "latents": 4,
+    }
+    torch.manual_seed(3)
+    cvae = Cvae(**network)  # type: ignore[arg-type]
+    return ModelPackage(
+        name="test",
+        version="1",
+        architecture=ARCHITECTURE,
+        settings=ModelSettings(
+            bands=("F814W",), pixel_scale=pixel_scale, stamp_size=size + 1, network=network
+        ),
+        weights={key: value.numpy() for key, value in cvae.state_dict().items()},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +165,66 @@ def test_bias_of_a_tract(sums: Table) -> None:
     assert np.isnan([empty[name][empty["flag"]] for name in PARAMETERS]).all()
 
 
+def test_what_is_left_after_the_calibration_of_others(sums: Table) -> None:
+    """There is a row for each pair of morphologies and each estimator, and
+    there are figures.
+    """
+    result = ShearBiasTask(config=ShearBiasConfig()).run([sums])
+    transfer = result.transfer
+    assert transfer.colnames == list(TRANSFER_COLUMNS)
+    assert len(transfer) == 2 * 2
+    bias = result.bias[(result.bias["estimator"] == "metacal") & (result.bias["bin"] == "all")]
+    one, other = (
+        bias[(bias["morphology"] == name) & (bias["reference"] == "")][0] for name in ("sersic", "bulge_disk")
+    )
+    row = transfer[(transfer["estimator"] == "metacal") & (transfer["applied_to"] == "bulge_disk")][0]
+    assert row["calibrated_on"] == "sersic"
+    assert row["m1"] == pytest.approx((1 + other["m1"]) / (1 + one["m1"]) - 1)
+    assert row["m1_err"] > 0
+    assert [len(plot.axes) for plot in (result.morphologyPlot, result.binPlot)] == [4, 3]
+
+
+def test_bias_of_all_tracts() -> None:
+    """The level of the results is that of the quanta."""
+    config = ShearBiasConfig()
+    config.level = "skymap"
+    connections = ShearBiasConnections(config=config)
+    assert set(connections.dimensions) == {"skymap"}
+    assert set(connections.bias.dimensions) == {"skymap"}
+
+
+def test_ladder(coadd: MultibandCoadd) -> None:
+    """A network is one of the morphologies; it needs a model, and real
+    galaxies need a catalogue.
+    """
+    config = make_config(morphologies=["sersic", "cvae"], estimators=["metacal"])
+    assert hasattr(ShearCalibConnections(config=config), "model")
+    assert not hasattr(ShearCalibConnections(config=make_config()), "model")
+    task = ShearCalibTask(config=config)
+    sums = task.run(coadd, model=make_galaxy_model()).sums
+    assert set(sums["morphology"]) == {"sersic", "cvae"}
+    with pytest.raises(ValueError, match="needs a model"):
+        task.run(coadd)
+    with pytest.raises(InvalidQuantumError, match="galsim_download_cosmos"):
+        ShearCalibTask(config=make_config(morphologies=["real"], realGalaxyCatalog="missing.fits")).run(coadd)
+
+
+def test_noise_correlation_of_a_coadd() -> None:
+    """It is measured beside objects, and white noise is white."""
+    rng = np.random.default_rng(1)
+    correlation = np.array([[0.0, 0.1, 0.0], [0.3, 1.0, 0.3], [0.0, 0.1, 0.0]])
+    noise = correlate_noise(rng.standard_normal((300, 300), dtype=np.float32), correlation)
+    noise[100:120, 100:120] += 50.0
+    empty = np.ones(noise.shape, dtype=bool)
+    empty[90:130, 90:130] = False
+    found = measure_noise_correlation(2 * noise + 3, np.full(noise.shape, 4.0), empty)
+    assert found is not None
+    np.testing.assert_allclose(found[2:5, 2:5], correlation, atol=0.015)
+    white = rng.standard_normal((300, 300))
+    assert measure_noise_correlation(white, np.ones(white.shape), empty) is None
+    assert measure_noise_correlation(white, np.ones(white.shape), empty & False) is None
+
+
 def test_bad_tables(sums: Table) -> None:
     """No tables are no work; other tables are refused."""
     task = ShearBiasTask(config=ShearBiasConfig())
@@ -167,6 +257,7 @@ def test_unusable_patches() -> None:
         ({"stampSize": 64}, "odd"),
         ({"psfSize": 55}, "fit into"),
         ({"shears": []}, "At least one shear"),
+        ({"morphologies": ["real"]}, "needs the path of a catalogue"),
         ({"minMagnitude": 25.0}, "fainter"),
         ({"snrBins": [20.0, 10.0]}, "increase"),
     ],

@@ -52,6 +52,7 @@ def get_cli_subcommands() -> list[click.Command]:
         show_shear_bias,
         make_inspection_page,
         ingest_lens_votes,
+        unblind_shear,
     ]
 
 
@@ -514,3 +515,37 @@ def ingest_lens_votes(
     click.echo(
         f"Put {len(last)} votes of {n_voters} voters into {run}; {len(votes) - len(last)} were superseded."
     )
+
+
+@click.command(cls=ButlerCommand, name="unblind-shear")
+@repo_argument(required=True)
+@click.option("--collections", required=True, help="Collections with blinded shear, in order of search.")
+@click.option("--run", required=True, help="RUN collection to put catalogues without the hidden factor into.")
+@click.option("--dataset-type", default="shear_object", show_default=True, help="Blinded dataset type.")
+def unblind_shear(repo: str, collections: str, run: str, dataset_type: str) -> None:
+    """Take the hidden factor out of shear catalogues.
+
+    The result has the same dataset type, in RUN.
+    """
+    from lsst.daf.butler import Butler
+
+    from .shear.catalogs import unblind
+
+    with Butler.from_config(repo, writeable=True) as butler:
+        refs = butler.query_datasets(dataset_type, collections.split(","), explain=False)
+        if not refs:
+            raise click.ClickException(f"There is no {dataset_type} in {collections}.")
+        tables = []
+        for ref in refs:
+            blinding = butler.find_dataset("shear_blinding", ref.dataId, collections=ref.run)
+            if blinding is None:
+                raise click.ClickException(f"There is no shear_blinding beside {ref}.")
+            try:
+                tables.append((unblind(butler.get(ref), butler.get(blinding)), ref))
+            except ValueError as err:
+                raise click.ClickException(f"{ref}: {err}") from err
+        butler.collections.register(run)
+        with butler.transaction():
+            for table, ref in tables:
+                butler.put(table, ref.datasetType, ref.dataId, run=run)
+    click.echo(f"Took the hidden factor out of {len(tables)} catalogues; they are in {run}.")

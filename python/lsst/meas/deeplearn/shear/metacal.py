@@ -563,7 +563,7 @@ class Metacalibration:
         # Every version takes both steps by itself, as if it were an image:
         # the first one from the centre.
         centered = torch.stack(self._make_versions(grids, _N_QUADRATIC)).sum(dim=0)
-        x, y = (step.clamp(-MAX_SHIFT, MAX_SHIFT) for step in _step_to_maximum(*centered, limit))  # (5, N)
+        x, y = (step.clamp(-MAX_SHIFT, MAX_SHIFT) for step in _step_to_maximum(centered, limit))  # (5, N)
         # Most of the way is the same for all.
         start = torch.stack([x[0], y[0]])
         grids = [_translate(grid, *start) for grid in grids]
@@ -573,12 +573,13 @@ class Metacalibration:
 
         def evaluate(x: Tensor, y: Tensor) -> Tensor:
             """Return derivatives at points of each version, ``(6, 5, N)``."""
-            return sum(
+            parts = [
                 _expand(part, x - point[:, 0], y - point[:, 1])
                 for part, point in zip(near, known, strict=False)
-            )
+            ]
+            return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
-        step_x, step_y = _step_to_maximum(*evaluate(x, y), limit)
+        step_x, step_y = _step_to_maximum(evaluate(x, y), limit)
         flux, _, _, xx, xy, yy = evaluate(x + step_x, y + step_y)
 
         share = self._weight_var / (self._weight_var + self._target_var)
@@ -611,12 +612,11 @@ class Metacalibration:
         return torch.as_tensor(np.ascontiguousarray(array), dtype=torch.float64, device=self._device)
 
 
-def _step_to_maximum(
-    flux: Tensor, x: Tensor, y: Tensor, xx: Tensor, xy: Tensor, yy: Tensor, limit: Tensor
-) -> tuple[Tensor, Tensor]:
+def _step_to_maximum(derivatives: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     """Return where Newton's method sees the maximum of a function with these
-    derivatives; nearer, if its value is not above a limit.
+    derivatives, ``(6, ...)``; nearer, if its value is not above a limit.
     """
+    flux, x, y, xx, xy, yy = derivatives
     softened = torch.sqrt(flux**2 + limit**2)
     # The negative Hessian: its mean, and what is different along two axes.
     mean = torch.maximum(softened - flux - (xx + yy) / 2, 0.2 * softened)

@@ -25,14 +25,16 @@ from __future__ import annotations
 
 __all__ = ("ShearBiasConfig", "ShearBiasConnections", "ShearBiasTask")
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from typing import Any, ClassVar
 
 import numpy as np
 from astropy.table import Column, Table, vstack
 
 import lsst.pipe.base.connectionTypes as cT
-from lsst.pex.config import Field, RangeField
+from lsst.pex.config import ChoiceField, Field, RangeField
 from lsst.pipe.base import (
     NoWorkFound,
     PipelineTask,
@@ -73,6 +75,20 @@ BIAS_COLUMNS: Mapping[str, tuple[str, str]] = {
 }
 """Type and description of each column of ``shear_bias``; none has a unit."""
 
+TRANSFER_COLUMNS: Mapping[str, tuple[str, str]] = {
+    "estimator": ("U16", "Shear estimator"),
+    "calibrated_on": ("U16", "Kind of galaxies that m and c were taken from"),
+    "applied_to": ("U16", "Kind of galaxies to which they were applied"),
+    **{
+        f"{name}{i}{suffix}": ("f8", f"{meaning} bias of g{i} that is left{what}")
+        for name, meaning in (("m", "Multiplicative"), ("c", "Additive"))
+        for i in "12"
+        for suffix, what in (("", ""), ("_err", ": its standard error, galaxies being paired"))
+    },
+    "flag": ("?", "One of both has no result"),
+}
+"""Type and description of each column of ``shear_bias_transfer``."""
+
 _SAMPLE = ("morphology", "estimator", "bin", "bin_quantity", "bin_low", "bin_high")
 
 
@@ -94,11 +110,45 @@ class ShearBiasConnections(PipelineTaskConnections, dimensions=("skymap", "tract
         storageClass="ArrowAstropy",
         dimensions=("skymap", "tract"),
     )
+    transfer = cT.Output(
+        doc="Bias that is left if an estimator is calibrated on galaxies of one morphology, and applied to "
+        "those of another.",
+        name="shear_bias_transfer",
+        storageClass="ArrowAstropy",
+        dimensions=("skymap", "tract"),
+    )
+    morphologyPlot = cT.Output(
+        doc="m and c by morphology for each estimator.",
+        name="shear_bias_morphology_plot",
+        storageClass="Plot",
+        dimensions=("skymap", "tract"),
+    )
+    binPlot = cT.Output(
+        doc="m by signal to noise, size, magnitude and redshift, for the estimator of plotEstimator.",
+        name="shear_bias_bin_plot",
+        storageClass="Plot",
+        dimensions=("skymap", "tract"),
+    )
+
+    config: ShearBiasConfig
+
+    def __init__(self, *, config: ShearBiasConfig):
+        super().__init__(config=config)
+        if config.level == "skymap":
+            self.dimensions = {"skymap"}
+            for name in ("bias", "transfer", "morphologyPlot", "binPlot"):
+                setattr(self, name, dataclasses.replace(getattr(self, name), dimensions={"skymap"}))
 
 
 class ShearBiasConfig(PipelineTaskConfig, pipelineConnections=ShearBiasConnections):
     """Configuration of `ShearBiasTask`."""
 
+    level = ChoiceField[str](
+        doc="What one result is for.",
+        default="tract",
+        allowed={"tract": "The patches of a tract.", "skymap": "All patches."},
+    )
+    plotEstimator = Field[str](doc="Estimator whose bias is shown by bin.", default="metacal")
     reference = Field[str](
         doc="Morphology with which the others are compared; those of the simulation that have it are.",
         default="sersic",
@@ -144,6 +194,12 @@ class ShearBiasTask(PipelineTask):
             ``bias``
                 The columns of `BIAS_COLUMNS` (`astropy.table.Table`).
 
+            ``transfer``
+                The columns of `TRANSFER_COLUMNS` (`astropy.table.Table`).
+
+            ``morphologyPlot``, ``binPlot``
+                Figures of the bias (`matplotlib.figure.Figure`).
+
         Raises
         ------
         lsst.pipe.base.NoWorkFound
@@ -172,7 +228,40 @@ class ShearBiasTask(PipelineTask):
             )
         self.metadata["n_samples"] = len(bias)
         self.metadata["n_flagged"] = int(bias["flag"].sum())
-        return Struct(bias=bias)
+        from .plots import plot_bias_by_bin, plot_bias_by_morphology
+
+        return Struct(
+            bias=bias,
+            transfer=self._make_transfer(samples),
+            morphologyPlot=plot_bias_by_morphology(bias),
+            binPlot=plot_bias_by_bin(bias, self.config.plotEstimator),
+        )
+
+    def _make_transfer(self, samples: Mapping[tuple[Any, ...], ShearSums]) -> Table:
+        """Return what is left of the bias of one morphology after the
+        calibration of another.
+        """
+        every = {sample[:2]: sums for sample, sums in samples.items() if sample[2] == "all"}
+        rows = []
+        for estimator in dict.fromkeys(name for _, name in every):
+            morphologies = [morphology for morphology, name in every if name == estimator]
+            for one, other in permutations(morphologies, 2):
+                known = self._fit(every[one, estimator])
+                difference = self._fit(every[other, estimator], every[one, estimator])
+                row: dict[str, Any] = {"estimator": estimator, "calibrated_on": one, "applied_to": other}
+                for name in ("m1", "m2", "c1", "c2"):
+                    # (g + m g + c - c') / (1 + m') has these terms; that of
+                    # c with the difference of m is of second order.
+                    factor = 1 / (1 + known.values[f"m{name[1]}"])
+                    row[name] = factor * difference.values[name]
+                    row[f"{name}_err"] = factor * difference.errors[name]
+                rows.append(row | {"flag": known.flag or difference.flag})
+        transfer = Table()
+        for name, (dtype, description) in TRANSFER_COLUMNS.items():
+            transfer[name] = Column(
+                np.array([row[name] for row in rows], dtype=dtype), description=description
+            )
+        return transfer
 
     def _fit(self, sums: ShearSums, reference: ShearSums | None = None) -> ShearBias:
         """Fit the bias with the settings of the task."""

@@ -30,6 +30,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import astropy.units as u
+import galsim
 import numpy as np
 from astropy.table import Column, Table, vstack
 
@@ -37,6 +38,7 @@ import lsst.pipe.base.connectionTypes as cT
 from lsst.pex.config import Field, FieldValidationError, ListField, RangeField
 from lsst.pipe.base import (
     AlgorithmError,
+    InvalidQuantumError,
     NoWorkFound,
     PipelineTask,
     QuantumContext,
@@ -47,14 +49,19 @@ from lsst.utils.logging import PeriodicLogger
 
 from ..coadds import MultibandCoadd
 from ..inference import torch_threads
+from ..model_package import MODEL_STORAGE_CLASS, ModelPackage
 from ..patch_inputs import PATCH_DIMENSIONS, CoaddConfig, CoaddConnections, compute_seed
 
 if TYPE_CHECKING:
     from .calibration import Bin
     from .estimators import ShearEstimator
+    from .morphologies import Morphology
 
 ESTIMATORS = ("metacal", "regauss")
 """Metacalibration, and re-Gaussianization without calibration."""
+
+LADDER = ("sersic", "bulge_disk", "knots", "real", "cvae")
+"""Galaxies from the simplest to those that a network has learnt."""
 
 NOISE_BOX = 50
 """Half of the side in pixels of the box that the noise is taken from."""
@@ -71,6 +78,12 @@ class ShearCalibError(AlgorithmError):
 class ShearCalibConnections(CoaddConnections, dimensions=PATCH_DIMENSIONS):
     """Datasets that `ShearCalibTask` reads and writes."""
 
+    model = cT.PrerequisiteInput(
+        doc="Model package of the galaxies of morphology 'cvae'.",
+        name="galaxy_cvae_model",
+        storageClass=MODEL_STORAGE_CLASS,
+        dimensions=(),
+    )
     sums = cT.Output(
         doc="Sums over simulated galaxies from which shear bias follows, a row for each morphology, "
         "estimator, bin, place in the patch, true shear and artificial shear (ShearSums.from_table).",
@@ -81,6 +94,11 @@ class ShearCalibConnections(CoaddConnections, dimensions=PATCH_DIMENSIONS):
 
     config: ShearCalibConfig
 
+    def __init__(self, *, config: ShearCalibConfig):
+        super().__init__(config=config)
+        if "cvae" not in config.morphologies:
+            del self.model
+
 
 class ShearCalibConfig(CoaddConfig, pipelineConnections=ShearCalibConnections):
     """Configuration of `ShearCalibTask`."""
@@ -90,9 +108,23 @@ class ShearCalibConfig(CoaddConfig, pipelineConnections=ShearCalibConnections):
 
     # The simulation.
     morphologies = ListField[str](
-        doc="Galaxies to simulate, all with the same magnitudes, sizes and noise: 'sersic', 'bulge_disk' or "
-        "'knots' (bulge, disk and knots).",
+        doc="Galaxies to simulate, all with the same magnitudes, sizes, redshifts and noise: 'sersic', "
+        "'bulge_disk', 'knots' (bulge, disk and knots), 'real' (realGalaxyCatalog) or 'cvae' (a model).",
         default=["sersic", "bulge_disk", "knots"],
+    )
+    realGalaxyCatalog = Field[str](
+        doc="Path of a catalogue of galsim.RealGalaxy, as of galsim_download_cosmos, for morphology 'real'.",
+        default="",
+    )
+    nOrientations = RangeField(
+        dtype=int,
+        doc="Ways in which each galaxy is drawn: as it is, turned by 90 degrees, mirrored, and both.",
+        default=2,
+        min=1,
+        max=4,
+    )
+    doCorrelateNoise = Field[bool](
+        doc="Give the noise the correlation of that of the coadd?  Otherwise it is white.", default=True
     )
     nPlaces = RangeField(
         dtype=int,
@@ -144,6 +176,21 @@ class ShearCalibConfig(CoaddConfig, pipelineConnections=ShearCalibConnections):
     )
     device = Field[str](doc="Device of torch: cpu or cuda.", default="cpu")
 
+    # Faults, which null tests must find.
+    psfSizeError = RangeField(
+        dtype=float,
+        doc="Relative error of the size of the PSF that estimators are told; 0 for the true one.",
+        default=0.0,
+        min=-0.5,
+        max=0.5,
+    )
+    doFixNoise = Field[bool](
+        doc="Add noise that is sheared the other way, so that noise has no response?", default=True
+    )
+    doSelectionResponse = Field[bool](
+        doc="Cut every artificially sheared version on its own measurements?", default=True
+    )
+
     # The selection.
     minSnr = Field[float](doc="Smallest signal to noise of the flux that counts.", default=10.0)
     snrBins = ListField[float](
@@ -163,7 +210,7 @@ class ShearCalibConfig(CoaddConfig, pipelineConnections=ShearCalibConnections):
     def validate(self) -> None:
         super().validate()
         for field, known in (
-            (self.__class__.morphologies, ("sersic", "bulge_disk", "knots")),
+            (self.__class__.morphologies, LADDER),
             (self.__class__.estimators, ESTIMATORS),
         ):
             values = getattr(self, field.name)
@@ -174,6 +221,12 @@ class ShearCalibConfig(CoaddConfig, pipelineConnections=ShearCalibConnections):
                 raise FieldValidationError(side, self, "The side must be odd.")
         if self.psfSize > self.stampSize:
             raise FieldValidationError(self.__class__.psfSize, self, "PSF images must fit into the stamps.")
+        if "real" in self.morphologies and not self.realGalaxyCatalog:
+            raise FieldValidationError(
+                self.__class__.realGalaxyCatalog,
+                self,
+                "Morphology 'real' needs the path of a catalogue; galsim_download_cosmos gets one.",
+            )
         if not self.shears:
             raise FieldValidationError(self.__class__.shears, self, "At least one shear is needed.")
         if self.minMagnitude >= self.maxMagnitude:
@@ -196,8 +249,9 @@ class ShearCalibTask(PipelineTask):
     galaxies of each place, from which `ShearBiasTask` computes the bias of
     any set of patches with exact jackknife errors.
 
-    The noise is white, with the variance of the coadd.  Galaxies are alone in
-    their stamps: what detection and neighbours do to shear is not in here.
+    The noise has the variance and the correlation of the coadd.  Galaxies are
+    alone in their stamps: what detection and neighbours do to shear is not in
+    here.
     """
 
     ConfigClass: ClassVar[type[ShearCalibConfig]] = ShearCalibConfig
@@ -217,11 +271,20 @@ class ShearCalibTask(PipelineTask):
             MultibandCoadd.read(inputs["coadds"], [self.config.band]),
             patch=int(data_id["patch"]),
             seed=compute_seed(data_id["skymap"], data_id["tract"], data_id["patch"], self.config.seed),
+            model=ModelPackage.from_arrow(inputs["model"]) if "model" in inputs else None,
             num_cores=butlerQC.resources.num_cores,
         )
         butlerQC.put(outputs, outputRefs)
 
-    def run(self, coadd: MultibandCoadd, *, patch: int = 0, seed: int = 1, num_cores: int = 1) -> Struct:
+    def run(
+        self,
+        coadd: MultibandCoadd,
+        *,
+        patch: int = 0,
+        seed: int = 1,
+        model: ModelPackage | None = None,
+        num_cores: int = 1,
+    ) -> Struct:
         """Simulate and measure galaxies.
 
         Parameters
@@ -232,6 +295,8 @@ class ShearCalibTask(PipelineTask):
             Number of the patch, which tells its blocks from those of others.
         seed
             Seed of the galaxies and their noise.
+        model
+            Model of the galaxies of morphology ``cvae``.
         num_cores
             Threads that may be used.
 
@@ -254,11 +319,12 @@ class ShearCalibTask(PipelineTask):
         # These load torch.
         from .calibration import compute_shear_sums
         from .metacal import Metacalibration, compute_target_fwhm
-        from .morphologies import ParametricGalaxies
         from .simulation import GalaxySample, Scene, make_arms, make_psf_from_kernel
 
         config = self.config
+        morphologies = self._make_morphologies(model)
         kernels, noise_sigmas = self._find_places(coadd, np.random.default_rng(seed))
+        correlation = self._measure_noise_correlation(coadd)
         target_fwhm = config.targetFwhm or compute_target_fwhm(kernels, coadd.pixel_scale)
         metacal = Metacalibration(
             pixel_scale=coadd.pixel_scale,
@@ -266,6 +332,7 @@ class ShearCalibTask(PipelineTask):
             target_fwhm=target_fwhm,
             weight_fwhm=config.weightFwhm,
             step=config.step,
+            noise_correlation=correlation,
             device=config.device,
         )
         estimators = self._make_estimators(coadd.pixel_scale, metacal)
@@ -293,23 +360,27 @@ class ShearCalibTask(PipelineTask):
                     coadd.pixel_scale,
                     config.stampSize,
                     float(noise_sigma),
+                    correlation,
+                    config.nOrientations,
+                    config.psfSizeError,
                 )
-                for morphology in config.morphologies:
+                for name, morphology in morphologies.items():
                     try:
                         sums = compute_shear_sums(
                             galaxies,
-                            ParametricGalaxies(morphology),
+                            morphology,
                             scene,
                             arms,
                             estimators=estimators,
                             bins=bins,
                             block=patch * 1000 + place,
                             n_realizations=config.nRealizations,
+                            fixnoise=config.doFixNoise,
                         )
                     except ValueError as err:
                         raise ShearCalibError(f"The PSF of this patch cannot be used: {err}") from err
                     for (estimator, label), values in sums.items():
-                        tables.append(_describe(values.to_table(), morphology, estimator, label, bins[label]))
+                        tables.append(_describe(values.to_table(), name, estimator, label, bins[label]))
                 progress.log("Simulated %d of %d places.", place + 1, len(kernels))
         table = vstack(tables, metadata_conflicts="silent")
         table["target_fwhm"] = Column(
@@ -318,6 +389,9 @@ class ShearCalibTask(PipelineTask):
         self.metadata["n_places"] = len(kernels)
         self.metadata["seed"] = seed
         self.metadata["target_fwhm"] = float(target_fwhm)
+        self.metadata["noise_correlation"] = (
+            0.0 if correlation is None else float(np.sort(correlation.ravel())[-2])
+        )
         self.metadata["noise_sigma"] = float(np.median(noise_sigmas))
         return Struct(sums=table)
 
@@ -350,6 +424,41 @@ class ShearCalibTask(PipelineTask):
         ]
         return kernels[usable], np.array(noise)
 
+    def _measure_noise_correlation(self, coadd: MultibandCoadd) -> np.ndarray | None:
+        """Return the correlation of the noise of the coadd."""
+        from .noise import measure_noise_correlation
+
+        band = self.config.band
+        if not self.config.doCorrelateNoise:
+            return None
+        planes = coadd.planes[band]
+        full = coadd.compute_bad_pixels(band, self.config.badMaskPlanes)
+        full |= coadd.compute_mask(band, ["DETECTED"])
+        return measure_noise_correlation(planes.image, planes.variance, ~full)
+
+    def _make_morphologies(self, model: ModelPackage | None) -> dict[str, Morphology]:
+        """Return the configured steps of the ladder by name."""
+        from .morphologies import CvaeGalaxies, ParametricGalaxies, RealGalaxies
+
+        morphologies: dict[str, Morphology] = {}
+        for name in self.config.morphologies:
+            if name == "real":
+                path = self.config.realGalaxyCatalog
+                try:
+                    morphologies[name] = RealGalaxies(galsim.RealGalaxyCatalog(path))
+                except (OSError, KeyError) as err:
+                    raise InvalidQuantumError(
+                        f"There is no catalogue of real galaxies at realGalaxyCatalog={path!r} ({err}); "
+                        "galsim_download_cosmos gets one."
+                    ) from err
+            elif name == "cvae":
+                if model is None:
+                    raise ValueError("Morphology 'cvae' needs a model.")
+                morphologies[name] = CvaeGalaxies(model, device=self.config.device)
+            else:
+                morphologies[name] = ParametricGalaxies(name)
+        return morphologies
+
     def _make_estimators(self, pixel_scale: float, metacal: ShearEstimator) -> dict[str, ShearEstimator]:
         """Return the configured estimators by name."""
         from .estimators import Regauss
@@ -365,7 +474,8 @@ class ShearCalibTask(PipelineTask):
         from .calibration import Bin
 
         config = self.config
-        bins = {"all": Bin(min_snr=config.minSnr)}
+        respond = config.doSelectionResponse
+        bins = {"all": Bin(min_snr=config.minSnr, respond=respond)}
         edges: dict[str, Sequence[float]] = {
             "snr": config.snrBins,
             "size": config.sizeBins,
@@ -374,7 +484,7 @@ class ShearCalibTask(PipelineTask):
         }
         for quantity, limits in edges.items():
             for low, high in pairwise(limits):
-                bins[f"{quantity}_{low:g}_{high:g}"] = Bin(quantity, low, high, min_snr=config.minSnr)
+                bins[f"{quantity}_{low:g}_{high:g}"] = Bin(quantity, low, high, config.minSnr, respond)
         return bins
 
 

@@ -199,8 +199,12 @@ class Scene:
     by 90 degrees, mirrored, and turned and mirrored.  Turns take out its
     shape from the mean, mirrors its response to the other component."""
 
+    psf_size_error: float = 0.0
+    """Relative error of the size of the PSF that `draw_psf` returns."""
+
     def draw_psf(self, arm: Sequence[float] = (0.0, 0.0, 0.0, 0.0)) -> np.ndarray:
-        """Return the image of a star in the middle of a stamp.
+        """Return the image of a star in the middle of a stamp, as it is known
+        to estimators.
 
         Parameters
         ----------
@@ -208,9 +212,10 @@ class Scene:
             Row of `make_arms`.
         """
         size = self.stamp_size
-        image = self.get_psf(arm).drawImage(
-            nx=size, ny=size, scale=self.pixel_scale, method="no_pixel", dtype=np.float64
-        )
+        psf = self.get_psf(arm)
+        if self.psf_size_error:
+            psf = psf.dilate(1 + self.psf_size_error)
+        image = psf.drawImage(nx=size, ny=size, scale=self.pixel_scale, method="no_pixel", dtype=np.float64)
         return np.asarray(image.array)
 
     def get_psf(self, arm: Sequence[float]) -> galsim.GSObject:
