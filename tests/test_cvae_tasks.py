@@ -36,12 +36,19 @@ from lsst.daf.butler import Butler
 from lsst.meas.deeplearn import model_package
 from lsst.meas.deeplearn.coadds import MultibandCoadd
 from lsst.meas.deeplearn.cutouts import Cutouts
+from lsst.meas.deeplearn.galaxies.coadd_set import make_coadd_set
 from lsst.meas.deeplearn.galaxies.compare_morphology_task import (
     CompareMorphologyConfig,
     CompareMorphologyConnections,
 )
 from lsst.meas.deeplearn.galaxies.conditions import ARCHITECTURE
 from lsst.meas.deeplearn.galaxies.cosmos import GalaxySetError
+from lsst.meas.deeplearn.galaxies.cut_galaxies_task import (
+    CONDITION_COLUMNS,
+    CutGalaxiesConfig,
+    CutGalaxiesConnections,
+    CutGalaxiesTask,
+)
 from lsst.meas.deeplearn.galaxies.cvae_galaxy_task import (
     GALAXY_COLUMNS,
     CvaeGalaxyConfig,
@@ -128,7 +135,8 @@ def make_config(**kwargs: Any) -> CvaeGalaxyConfig:
 
 
 @pytest.mark.parametrize(
-    "connections", [TrainCvaeConnections, CvaeGalaxyConnections, CompareMorphologyConnections]
+    "connections",
+    [TrainCvaeConnections, CvaeGalaxyConnections, CompareMorphologyConnections, CutGalaxiesConnections],
 )
 def test_connections(connections: type) -> None:
     """Connections obey the conventions of the middleware."""
@@ -163,7 +171,7 @@ def test_draws_a_galaxy_for_each_object(coadd: MultibandCoadd, model: ModelPacka
     objects = make_objects(coadd)
     table = CvaeGalaxyTask(config=make_config()).run(coadd, objects, model).cutouts
     assert set(GALAXY_COLUMNS) < set(table.colnames)
-    for name, (_, unit, description) in GALAXY_COLUMNS.items():
+    for name, (_, unit, description) in CONDITION_COLUMNS.items():
         assert (table[name].unit, table[name].description) == (unit, description)
     cutouts = Cutouts.from_table(table)
     assert cutouts.ids.tolist() == [100, 101, 102, 103]
@@ -226,6 +234,128 @@ def test_bad_objects_have_flags(coadd: MultibandCoadd, model: ModelPackage) -> N
     images = table["image"]
     assert np.isnan(images[:5]).all()
     assert np.isfinite(images[5:]).all()
+
+
+def cut_galaxies(coadd: MultibandCoadd, objects: Table, **kwargs: Any) -> Table:
+    """Return what CutGalaxiesTask makes of objects."""
+    config = CutGalaxiesConfig()
+    values = {"radiusColumn": "radius", "redshiftColumn": "photoz", "selection": [], "stampSize": 33}
+    config.update(**(values | kwargs))
+    return CutGalaxiesTask(config=config).run(coadd, objects).cutouts
+
+
+def test_training_set_of_a_coadd(coadd: MultibandCoadd) -> None:
+    """Stamps of known objects become images for a flux of 1."""
+    objects = make_objects(coadd, 7)
+    objects["i_cModelFlux"][0] = np.nan
+    objects["i_cModelFlux"][1] = -5.0
+    objects["photoz"][2] = -0.5
+    objects["radius"][3] = 0.0  # Takes the smallest radius.
+    objects["coord_ra"][4] = 151.0
+    table = cut_galaxies(coadd, objects)
+    assert table["flag_unknown"].tolist() == [True, True, True, False, True, False, False]
+    cutouts = Cutouts.from_table(table)
+    galaxies, rows = make_coadd_set(cutouts, table, size=32)
+    assert rows.tolist() == [3, 5, 6]
+    assert galaxies.image.shape == (3, 32, 32)
+    assert galaxies.pixel_scale == pytest.approx(0.2, rel=1e-3)
+    flux = np.asarray(objects["i_cModelFlux"])[rows]
+    np.testing.assert_allclose(galaxies.image[0, 16, 16] * flux[0], cutouts.image[3, 0, 16, 16], rtol=1e-5)
+    np.testing.assert_allclose(galaxies.psf.sum(axis=(1, 2)), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.sqrt(galaxies.noise_variance) * flux, 5, rtol=0.05)
+    np.testing.assert_allclose(galaxies.conditions[0], [0.08, 20, 0.5], rtol=1e-4)
+    with pytest.raises(GalaxySetError, match="set stampSize to 41"):
+        make_coadd_set(cutouts, table, size=40)
+
+
+def test_masked_corners(coadd: MultibandCoadd) -> None:
+    """Small masked corners are filled with noise; large ones disqualify."""
+    table = cut_galaxies(coadd, make_objects(coadd, 3))
+    table["bad"][1, 0, :3, :3] = True
+    table["image"][1, 0, :3, :3] = np.nan
+    table["bad"][2, 0, :12, :12] = True
+    galaxies, rows = make_coadd_set(Cutouts.from_table(table), table, size=32)
+    assert rows.tolist() == [0, 1]
+    corner = galaxies.image[1, :3, :3] / np.sqrt(galaxies.noise_variance[1])
+    assert np.isfinite(corner).all()
+    assert np.abs(corner).max() < 5
+    table["bad"][:] = True
+    with pytest.raises(GalaxySetError, match="None of 3 stamps"):
+        make_coadd_set(Cutouts.from_table(table), table, size=32)
+
+
+def make_coadd_config(**kwargs: Any) -> TrainCvaeConfig:
+    """Return how to train on stamps of 0.2 arcsec pixels."""
+    config = TrainCvaeConfig()
+    values = SMALL | {"source": "cutouts", "pixelScale": 0.2, "outputFwhm": 0.35, "batchSize": 8}
+    config.update(**(values | kwargs))
+    return config
+
+
+def test_trains_on_coadds_and_scores_them(coadd: MultibandCoadd) -> None:
+    """A model of coadd stamps says how likely it finds them."""
+    rng = np.random.default_rng(1)
+    n = 24
+    objects = make_objects(coadd, n, radius=rng.uniform(0.2, 0.8, n), photoz=rng.uniform(0.1, 1.0, n))
+    objects["i_cModelFlux"] *= 10 ** rng.uniform(-1, 0, n)
+    table = cut_galaxies(coadd, objects)
+    model = TrainCvaeTask(config=make_coadd_config()).run([table[:10], table[10:]]).model
+    assert model.settings.pixel_scale == pytest.approx(0.2, rel=1e-3)
+    assert model.record["training_set"]["source"] == "cutouts"
+    more = TrainCvaeTask(config=make_coadd_config()).run([table], start=model).model
+    assert more.settings.network == model.settings.network
+
+    config = make_config(doScores=True, selection=[], stampSize=33)
+    objects["i_cModelFlux"][3] = np.nan
+    scored = CvaeGalaxyTask(config=config).run(coadd, objects, model).cutouts
+    assert scored["latents"].shape == (n, 3)
+    known = ~np.asarray(scored["flag_unknown"])
+    assert not known[3]
+    for name in ("latents", "elbo", "kl_divergence", "reduced_chi2"):
+        assert np.isfinite(scored[name][known]).all()
+        assert np.isnan(scored[name][3]).all()
+    # Where there is nothing but noise a galaxy of magnitude 20 is odd.
+    assert (scored["reduced_chi2"][known] > 1.5).any()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [({"pixelScale": 0.1, "outputFwhm": 0.2}, "set pixelScale"), ({}, "run cutGalaxies")],
+)
+def test_stamps_that_cannot_be_trained_on(
+    coadd: MultibandCoadd, kwargs: dict[str, float], message: str
+) -> None:
+    """Other pixels, and no stamps at all, say what to do."""
+    tables = [cut_galaxies(coadd, make_objects(coadd))] if kwargs else []
+    with pytest.raises(GalaxySetError, match=message):
+        TrainCvaeTask(config=make_coadd_config(**kwargs)).run(tables)
+
+
+def test_scores_need_the_pixels_of_the_coadd(coadd: MultibandCoadd, model: ModelPackage) -> None:
+    """A model of other pixels is refused for scores."""
+    with pytest.raises(ModelPackageError, match="source='cutouts'"):
+        CvaeGalaxyTask(config=make_config(doScores=True)).run(coadd, make_objects(coadd), model)
+
+
+def test_whole_coadd(model: ModelPackage) -> None:
+    """A coadd of generated galaxies has their flux and nothing else."""
+    coadds = make_test_coadds("i", missing_cells=[(0, 0)])
+    coadd = MultibandCoadd.from_coadds(coadds)
+    objects = make_objects(coadd)[2:]
+    task = CvaeGalaxyTask(config=make_config(doCoadd=True))
+    table = task.run(coadd, objects, model).cutouts
+    synthetic = task.make_coadd(coadds["i"], table, seed=3)
+    data = np.isfinite(coadds["i"].image.array)
+    assert np.array_equal(np.isfinite(synthetic.image.array), data)
+    assert not data.all()
+    quiet = CvaeGalaxyTask(config=make_config(doCoadd=True, doNoise=False))
+    clean = quiet.make_coadd(coadds["i"], quiet.run(coadd, objects, model).cutouts, seed=3)
+    flux = float(np.sum(objects["i_cModelFlux"]))
+    assert clean.image.array[data].sum() == pytest.approx(flux, rel=0.05)
+    noise = (synthetic.image.array - clean.image.array)[data]
+    assert noise.std() == pytest.approx(5, rel=0.05)
+    with pytest.raises(FieldValidationError, match="CellCoadd"):
+        make_config(doCoadd=True, coaddStorageClass="ExposureF").validate()
 
 
 def test_no_objects(coadd: MultibandCoadd, model: ModelPackage) -> None:

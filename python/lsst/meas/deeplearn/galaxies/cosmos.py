@@ -61,6 +61,10 @@ MAX_BAD_FRACTION = 0.02
 """Largest fraction of unusable pixels in a stamp that is repaired."""
 
 
+MIN_SKY_CELLS = 20
+"""Least number of squares on the sky between which galaxies are divided."""
+
+
 class GalaxySetError(ValueError):
     """Raised for images that cannot be trained on."""
 
@@ -140,7 +144,8 @@ class GalaxySet:
         """Divide into galaxies to train on and galaxies held out.
 
         Where positions are known, galaxies are held out by squares of 0.05
-        degrees on the sky, so that neighbours are not on both sides.
+        degrees on the sky, so that neighbours are not on both sides; by
+        smaller ones where all lie in less than twenty.
 
         Parameters
         ----------
@@ -159,10 +164,13 @@ class GalaxySet:
         GalaxySetError
             Raised if one would be.
         """
-        cells = np.nan_to_num(np.floor(self.sky / 0.05), nan=-1e6).astype(np.int64)
         no_sky = ~np.isfinite(self.sky).all(axis=1)
-        cells[no_sky, 0] = self.ids[no_sky]
-        unique, groups = np.unique(cells, axis=0, return_inverse=True)
+        for side in (0.05, 0.0125, 0.003):
+            cells = np.nan_to_num(np.floor(self.sky / side), nan=-1e6).astype(np.int64)
+            cells[no_sky, 0] = self.ids[no_sky]
+            unique, groups = np.unique(cells, axis=0, return_inverse=True)
+            if len(unique) >= MIN_SKY_CELLS:
+                break
         held_out = (np.random.default_rng(seed).uniform(size=len(unique)) < fraction)[groups.ravel()]
         if held_out.all() or not held_out.any():
             raise GalaxySetError(

@@ -24,10 +24,9 @@
 
 from __future__ import annotations
 
-__all__ = ("CvaeGalaxyConfig", "CvaeGalaxyConnections", "CvaeGalaxyTask")
+__all__ = ("GALAXY_COLUMNS", "CvaeGalaxyConfig", "CvaeGalaxyConnections", "CvaeGalaxyTask")
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,44 +36,49 @@ import numpy as np
 from astropy.table import Column, Table
 
 import lsst.pipe.base.connectionTypes as cT
-from lsst.pex.config import Field, FieldValidationError, ListField, RangeField
-from lsst.pipe.base import (
-    InvalidQuantumError,
-    PipelineTask,
-    QuantumContext,
-    Struct,
-)
+from lsst.pex.config import Field, FieldValidationError
+from lsst.pipe.base import InvalidQuantumError, PipelineTask, QuantumContext, Struct
 from lsst.pipe.base.connections import InputQuantizedConnection, OutputQuantizedConnection
 from lsst.utils.logging import PeriodicLogger
 
 from ..coadds import MultibandCoadd
-from ..cutouts import CutoutExtractor, Cutouts
-from ..model_package import MODEL_STORAGE_CLASS, ModelPackage, ModelPackageError
-from ..object_selection import SelectionError, column_names, select_objects
-from ..patch_inputs import PATCH_DIMENSIONS, PatchConfig, PatchConnections, read_objects
-from .conditions import CONDITION_NAMES, ConditionError
-from .cvae_galaxy import NJY_ZERO_POINT, make_profile
-from .parametric import GalaxyPopulation
+from ..cutouts import Cutouts
+from ..model_package import MODEL_STORAGE_CLASS, SCALE_TOLERANCE, ModelPackage, ModelPackageError
+from ..object_selection import SelectionError
+from ..patch_inputs import PATCH_DIMENSIONS, PatchConnections, compute_seed, read_objects
+from .conditions import CONDITION_NAMES
+from .cosmos import GalaxySetError
+from .cut_galaxies_task import (
+    GalaxyPatchConfig,
+    extract_galaxies,
+    make_condition_table,
+    make_object_seed,
+)
+from .cvae_galaxy import make_profile
 
 if TYPE_CHECKING:
-    pass
+    from lsst.images.cells import CellCoadd
 
-GALAXY_COLUMNS: Mapping[str, tuple[str, u.UnitBase | None, str]] = {
-    "half_light_radius": ("f4", u.arcsec, "Half-light radius that the galaxy was drawn for"),
-    "magnitude": ("f4", u.ABmag, "AB magnitude that the galaxy was drawn for"),
-    "redshift": ("f4", None, "Redshift that the galaxy was drawn for"),
-    "flux": ("f4", u.nJy, "Flux of the galaxy"),
-    "galaxy_seed": ("i8", None, "Seed of its shape and orientation"),
-    "flag_outside": ("?", None, "The object is outside the training set of the model; it was clipped to it"),
-    "flag_not_drawn": ("?", None, "No galaxy was drawn: its conditions are unknown, or there is no PSF"),
-    "model_name": ("U64", None, "Name of the model package"),
-    "model_version": ("U32", None, "Version of the model package"),
-    "model_digest": ("U64", None, "SHA-256 of the model package"),
+    from .cvae_sampling import CvaeSampler
+
+GALAXY_COLUMNS: Mapping[str, tuple[str, str]] = {
+    "galaxy_seed": ("i8", "Seed of its shape and orientation"),
+    "flag_outside": ("?", "The object is outside the training set of the model; it was clipped to it"),
+    "flag_not_drawn": ("?", "No galaxy was drawn: its conditions are unknown, or there is no PSF"),
+    "model_name": ("U64", "Name of the model package"),
+    "model_version": ("U32", "Version of the model package"),
+    "model_digest": ("U64", "SHA-256 of the model package"),
 }
-"""Type, unit and description of what is added to the columns of `Cutouts`."""
+"""Type and description of what is added to the columns of `Cutouts` and to
+`CONDITION_COLUMNS`."""
 
-GAUSSIAN_HALF_LIGHT_RADIUS = 1.1774
-"""Half-light radius of a Gaussian in units of its sigma."""
+SCORE_COLUMNS: Mapping[str, str] = {
+    "elbo": "Evidence lower bound of the real stamp, in nats",
+    "kl_divergence": "KL divergence in it, in nats",
+    "reduced_chi2": "Chi square of the real stamp from its reconstruction, over the number of modes: large "
+    "for galaxies that the model has not seen the like of",
+}
+"""Description of what ``doScores`` adds, besides ``latents``."""
 
 
 class CvaeGalaxyConnections(
@@ -82,7 +86,13 @@ class CvaeGalaxyConnections(
     dimensions=PATCH_DIMENSIONS,
     defaultTemplates={"outputName": "galaxy_cvae"},
 ):
-    """Datasets that `CvaeGalaxyTask` reads and writes."""
+    """Datasets that `CvaeGalaxyTask` reads and writes.
+
+    Parameters
+    ----------
+    config
+        Configuration of the task.
+    """
 
     model = cT.PrerequisiteInput(
         doc="Model package of the galaxies; its version is chosen by the order of input collections.",
@@ -97,68 +107,46 @@ class CvaeGalaxyConnections(
         storageClass="ArrowAstropy",
         dimensions=("skymap", "tract", "patch"),
     )
+    coadd = cT.Output(
+        doc="Coadd of the patch with generated galaxies in place of everything that was in it, and noise "
+        "with its variance.",
+        name="{outputName}_coadd",
+        storageClass="CellCoadd",
+        dimensions=("skymap", "tract", "patch", "band"),
+        multiple=True,
+    )
 
     config: CvaeGalaxyConfig
 
+    def __init__(self, *, config: CvaeGalaxyConfig):
+        super().__init__(config=config)
+        if not config.doCoadd:
+            del self.coadd
 
-class CvaeGalaxyConfig(PatchConfig, pipelineConnections=CvaeGalaxyConnections):
+
+class CvaeGalaxyConfig(GalaxyPatchConfig, pipelineConnections=CvaeGalaxyConnections):
     """Configuration of `CvaeGalaxyTask`."""
 
-    # Inputs.
-    band = Field[str](
-        doc="Band of the coadd; the nearest to F814W, in which COSMOS was observed, is i.", default="i"
-    )
-    selection = ListField[str](
-        doc="Conditions on columns that an object must satisfy (see lsst.meas.deeplearn.object_selection).",
-        default=["refExtendedness > 0.5", "17 < mag(i_cModelFlux) < 25"],
-    )
-
-    # Conditions.
-    fluxColumn = Field[str](
-        doc="Column with the total flux in nJy, which gives the magnitude; '{band}' stands for the band.",
-        default="{band}_cModelFlux",
-    )
-    radiusColumn = Field[str](
-        doc="Column with the half-light radius before the PSF, in arcsec.  If empty, it is that of a "
-        "Gaussian with the second moments in momentColumns less those of the PSF: a rough guess.",
-        default="",
-    )
-    momentColumns = ListField[str](
-        doc="Columns with the second moments xx and yy in pixels squared.", default=["shape_xx", "shape_yy"]
-    )
-    minRadius = RangeField(
-        dtype=float,
-        doc="Half-light radius in arcsec that is taken for objects with a smaller one.",
-        default=0.08,
-        min=0.0,
-        inclusiveMin=False,
-    )
-    redshiftColumn = Field[str](
-        doc="Column with the photometric redshift.  If empty, redshifts are drawn from COSMOS galaxies of "
-        "the same magnitude.",
-        default="",
-    )
-
-    # Stamps.
-    stampSize = RangeField(dtype=int, doc="Side of the stamps in pixels, odd.", default=45, min=15)
-    psfSize = RangeField(dtype=int, doc="Side of the PSF kernels in pixels, odd.", default=25, min=3)
     doNoise = Field[bool](doc="Add noise with the variance of the coadd?", default=True)
-    seed = Field[int](doc="Seed, to which the object ID is added.", default=0)
+    doCoadd = Field[bool](
+        doc="Also write a coadd of the patch with nothing in it but the generated galaxies?  It needs "
+        "coaddStorageClass='CellCoadd'.",
+        default=False,
+    )
+    doScores = Field[bool](
+        doc="Also say how likely the model finds the real stamps?  It needs a model that was trained on "
+        "coadds with these pixels (source='cutouts' of trainCvae).",
+        default=False,
+    )
 
     def validate(self) -> None:
         super().validate()
-        if self.stampSize % 2 == 0 or self.psfSize % 2 == 0:
+        if self.doCoadd and self.coaddStorageClass != "CellCoadd":
             raise FieldValidationError(
-                self.__class__.stampSize, self, "The sides of stamps and PSF kernels must be odd."
+                self.__class__.doCoadd,
+                self,
+                "A whole coadd is written for coaddStorageClass='CellCoadd' only.",
             )
-        if not self.radiusColumn and len(self.momentColumns) != 2:
-            raise FieldValidationError(
-                self.__class__.momentColumns, self, "Without radiusColumn, two columns are needed, xx and yy."
-            )
-        try:
-            column_names(self.selection)
-        except SelectionError as err:
-            raise FieldValidationError(self.__class__.selection, self, str(err)) from err
 
 
 class CvaeGalaxyTask(PipelineTask):
@@ -184,16 +172,18 @@ class CvaeGalaxyTask(PipelineTask):
         inputs = butlerQC.get(inputRefs)
         coadd = MultibandCoadd.read(inputs["coadds"], [self.config.band])
         objects = read_objects(
-            inputs["objects"],
-            self.config,
-            [*self._condition_columns, *column_names(self.config.selection)],
-            patch=int(data_id["patch"]),
+            inputs["objects"], self.config, self.config.wanted_columns, patch=int(data_id["patch"])
         )
         try:
             outputs = self.run(coadd, objects, ModelPackage.from_arrow(inputs["model"]))
-        except (ModelPackageError, SelectionError) as err:
+        except (ModelPackageError, SelectionError, GalaxySetError) as err:
             raise InvalidQuantumError(str(err)) from err
-        butlerQC.put(outputs, outputRefs)
+        if self.config.doCoadd:
+            (ref,) = [ref for ref in outputRefs.coadd if ref.dataId["band"] == self.config.band]
+            (handle,) = [h for h in inputs["coadds"] if h.dataId["band"] == self.config.band]
+            seed = compute_seed(self.config.seed, data_id["tract"], data_id["patch"], "noise")
+            butlerQC.put(self.make_coadd(handle.get(), outputs.cutouts, seed=seed), ref)
+        butlerQC.put(outputs.cutouts, outputRefs.cutouts)
 
     def run(self, coadd: MultibandCoadd, objects: Table, model: ModelPackage) -> Struct:
         """Draw the galaxies of a patch.
@@ -214,129 +204,110 @@ class CvaeGalaxyTask(PipelineTask):
 
             ``cutouts``
                 `Cutouts.to_table` with generated galaxies, and the columns
-                of `GALAXY_COLUMNS`, a row for each selected object in the
-                order of ``objects`` (`astropy.table.Table`).
+                of `CONDITION_COLUMNS` and `GALAXY_COLUMNS`, a row for each
+                selected object in the order of ``objects``
+                (`astropy.table.Table`).
 
         Raises
         ------
         ModelPackageError
-            Raised if the model is of another kind.
+            Raised if the model is of another kind, or does not fit the
+            pixels of the coadd for ``doScores``.
         SelectionError
             Raised if the selection does not fit the table.
         """
         from .cvae_sampling import CvaeSampler
 
         sampler = CvaeSampler(model, outside="clip")
-        selected = objects[select_objects(objects, self.config.selection)]
-        extractor = CutoutExtractor(
-            coadd,
-            size=self.config.stampSize,
-            psf_size=self.config.psfSize,
-            bad_planes=self.config.badMaskPlanes,
-        )
-        cutouts = extractor.extract(
-            ids=np.asarray(selected[self.config.idColumn]),
-            ra=np.asarray(selected[self.config.raColumn]),
-            dec=np.asarray(selected[self.config.decColumn]),
-        ).select_bands([self.config.band])
+        selected, cutouts = extract_galaxies(coadd, objects, self.config)
         table = self._make_table(selected, cutouts, model)
+        known = np.flatnonzero(~table["flag_not_drawn"])
+        conditions = np.column_stack([np.asarray(table[name], dtype=np.float64) for name in CONDITION_NAMES])
+        _, table["flag_outside"][known] = sampler.check(conditions[known])
+        images = np.full_like(cutouts.image, np.nan)
         progress = PeriodicLogger(self.log)
-        images = np.array(cutouts.image)
-        for row in range(len(table)):
-            conditions = np.array([[float(table[name][row]) for name in CONDITION_NAMES]])
-            if table["flag_not_drawn"][row]:
-                images[row] = np.nan
-                continue
-            try:
-                _, outside = sampler.check(conditions)
-            except ConditionError as err:
-                self.log.debug("Object %d: %s", cutouts.ids[row], err)
-                table["flag_not_drawn"][row] = True
-                images[row] = np.nan
-                continue
-            table["flag_outside"][row] = outside[0]
+        for done, row in enumerate(known):
             seed = int(table["galaxy_seed"][row])
             profile = make_profile(
-                sampler.draw(conditions, [seed])[0],
+                sampler.draw(conditions[row : row + 1], [seed])[0],
                 pixel_scale=sampler.pixel_scale,
                 flux=float(table["flux"][row]),
             )
             images[row, 0] = self._draw(profile, cutouts[row : row + 1])
-            progress.log("Drew %d of %d galaxies.", row + 1, len(table))
-        drawn = dataclasses.replace(cutouts, image=images)
-        for name, column in drawn.to_table().columns.items():
+            progress.log("Drew %d of %d galaxies.", done + 1, len(known))
+        for name, column in dataclasses.replace(cutouts, image=images).to_table().columns.items():
             table[name] = column
+        if self.config.doScores:
+            self._add_scores(table, cutouts, sampler)
         self.metadata["n_objects"] = len(table)
-        self.metadata["n_not_drawn"] = int(table["flag_not_drawn"].sum())
+        self.metadata["n_not_drawn"] = len(table) - len(known)
         self.metadata["n_outside"] = int(table["flag_outside"].sum())
         self.log.info(
             "Drew %d galaxies; %d were outside the training set, %d objects could not be drawn.",
-            len(table) - self.metadata["n_not_drawn"],
+            len(known),
             self.metadata["n_outside"],
             self.metadata["n_not_drawn"],
         )
         return Struct(cutouts=table)
 
-    @property
-    def _flux_column(self) -> str:
-        return self.config.fluxColumn.format(band=self.config.band)
+    def make_coadd(self, coadd: CellCoadd, table: Table, *, seed: int) -> CellCoadd:
+        """Put the galaxies of a patch into a coadd.
 
-    @property
-    def _condition_columns(self) -> list[str]:
-        """Columns from which conditions are made."""
-        config = self.config
-        radius = [config.radiusColumn] if config.radiusColumn else list(config.momentColumns)
-        return [self._flux_column, *radius, *([config.redshiftColumn] if config.redshiftColumn else [])]
+        Parameters
+        ----------
+        coadd
+            Coadd of the patch, whose variance, mask, PSF and geometry the
+            new one has.
+        table
+            What `run` returns.
+        seed
+            Seed of the noise.
+
+        Returns
+        -------
+        synthetic
+            The new coadd; pixels without data stay without.
+
+        Notes
+        -----
+        The noise of the stamps is not used, and the noise has the variance
+        of the coadd pixel by pixel, in which the light of real objects has
+        its share.
+        """
+        synthetic = coadd.copy()
+        cutouts = Cutouts.from_table(table)
+        bad = ~np.isfinite(coadd.image.array)
+        total = np.zeros(coadd.image.array.shape)
+        for row in np.flatnonzero(~np.asarray(table["flag_not_drawn"])):
+            clean = cutouts.image[row, 0].astype(np.float64)
+            clean = clean - self._draw_noise(cutouts[row : row + 1])
+            half = cutouts.size // 2
+            y = round(float(np.floor(cutouts.y[row] + 0.5))) - coadd.bbox.y.start - half
+            x = round(float(np.floor(cutouts.x[row] + 0.5))) - coadd.bbox.x.start - half
+            rows = slice(max(y, 0), min(y + cutouts.size, total.shape[0]))
+            columns = slice(max(x, 0), min(x + cutouts.size, total.shape[1]))
+            part = clean[rows.start - y : rows.stop - y, columns.start - x : columns.stop - x]
+            total[rows, columns] += np.nan_to_num(part)
+        unit = coadd.unit
+        factor = 1.0 if unit is None else u.nJy.to(unit)
+        total *= factor
+        if self.config.doNoise:
+            noise = np.random.default_rng(seed).standard_normal(total.shape)
+            total += np.sqrt(np.maximum(np.nan_to_num(coadd.variance.array), 0)) * noise
+        synthetic.image.array[...] = np.where(bad, np.nan, total)
+        return synthetic
 
     def _make_table(self, selected: Table, cutouts: Cutouts, model: ModelPackage) -> Table:
-        """Return the columns of `GALAXY_COLUMNS`, but for what is drawn."""
-        table = Table()
-        for name, (dtype, unit, description) in GALAXY_COLUMNS.items():
-            table[name] = Column(np.zeros(len(selected), dtype=dtype), unit=unit, description=description)
-        flux = _as_floats(selected[self._flux_column])
-        table["flux"][:] = flux
-        magnitude = np.full(len(flux), np.nan)
-        magnitude[flux > 0] = NJY_ZERO_POINT - 2.5 * np.log10(flux[flux > 0])
-        table["magnitude"][:] = magnitude
-        table["half_light_radius"][:] = self._get_radii(selected, cutouts)
-        table["galaxy_seed"][:] = [_make_seed(self.config.seed, i, "galaxy") for i in cutouts.ids]
-        table["redshift"][:] = self._get_redshifts(selected, cutouts.ids, magnitude)
-        unknown = cutouts.missing_band[:, 0] | cutouts.bad_psf[:, 0]
-        for name in (*CONDITION_NAMES, "flux"):
-            unknown |= ~np.isfinite(table[name])
-        table["flag_not_drawn"][:] = unknown
+        """Return all columns, but for what is drawn."""
+        table = make_condition_table(selected, cutouts, self.config)
+        for name, (dtype, description) in GALAXY_COLUMNS.items():
+            table[name] = Column(np.zeros(len(selected), dtype=dtype), description=description)
+        table["galaxy_seed"][:] = [make_object_seed(self.config.seed, i, "galaxy") for i in cutouts.ids]
+        table["flag_not_drawn"][:] = table["flag_unknown"]
         table["model_name"][:] = model.name
         table["model_version"][:] = model.version
         table["model_digest"][:] = model.digest
         return table
-
-    def _get_radii(self, selected: Table, cutouts: Cutouts) -> np.ndarray:
-        """Return half-light radii in arcsec; NaN where unknown."""
-        config = self.config
-        if config.radiusColumn:
-            radius = _as_floats(selected[config.radiusColumn])
-        else:
-            xx, yy = (_as_floats(selected[name]) for name in config.momentColumns)
-            psf = np.array([_measure_psf_variance(kernel) for kernel in cutouts.psf[:, 0]])
-            variance = np.maximum((xx + yy) / 2 - psf.reshape(xx.shape), 0.0)
-            radius = GAUSSIAN_HALF_LIGHT_RADIUS * np.sqrt(variance) * cutouts.pixel_scale
-        return np.where(np.isfinite(radius), np.maximum(radius, config.minRadius), np.nan)
-
-    def _get_redshifts(self, selected: Table, ids: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
-        """Return redshifts, drawn for the magnitude if there is no column."""
-        if self.config.redshiftColumn:
-            return _as_floats(selected[self.config.redshiftColumn])
-        population = GalaxyPopulation.make_cosmos().sample(20000, np.random.default_rng(0))
-        order = np.argsort(population["magnitude"])
-        known = population["magnitude"][order]
-        redshift = np.full(len(magnitude), np.nan)
-        for row, value in enumerate(magnitude):
-            if np.isfinite(value):
-                # One of the hundred galaxies of the nearest magnitudes.
-                middle = int(np.searchsorted(known, value).clip(50, len(known) - 50))
-                offset = _make_seed(self.config.seed, ids[row], "redshift") % 100 - 50
-                redshift[row] = population["redshift"][order[middle + offset]]
-        return redshift
 
     def _draw(self, profile: galsim.GSObject, cutout: Cutouts) -> np.ndarray:
         """Return the stamp of a galaxy in place of a cutout, ``(y, x)``."""
@@ -345,27 +316,49 @@ class CvaeGalaxyTask(PipelineTask):
         # The kernel has the pixel in it, and is centred like the object.
         observed = galsim.Convolve(profile, galsim.InterpolatedImage(kernel, flux=1.0))
         stamp = observed.drawImage(nx=size, ny=size, scale=scale, method="no_pixel").array
-        if self.config.doNoise:
-            variance = np.where(cutout.bad[0, 0], np.nan, cutout.variance[0, 0])
-            rng = np.random.default_rng(_make_seed(self.config.seed, cutout.ids[0], "noise"))
-            stamp = stamp + np.sqrt(variance) * rng.standard_normal(stamp.shape)
-        return np.asarray(stamp, dtype=np.float32)
+        return np.asarray(stamp + self._draw_noise(cutout), dtype=np.float32)
 
+    def _draw_noise(self, cutout: Cutouts) -> np.ndarray:
+        """Return the noise of a stamp, which depends on the object only."""
+        if not self.config.doNoise:
+            return np.zeros((cutout.size, cutout.size))
+        variance = np.where(cutout.bad[0, 0], np.nan, cutout.variance[0, 0])
+        rng = np.random.default_rng(make_object_seed(self.config.seed, cutout.ids[0], "noise"))
+        return np.asarray(np.sqrt(variance) * rng.standard_normal(variance.shape))
 
-def _as_floats(column: Any) -> np.ndarray:
-    """Return a column as an array, masked values as NaN."""
-    return np.ma.filled(np.ma.asarray(column, dtype=np.float64), np.nan)
+    def _add_scores(self, table: Table, cutouts: Cutouts, sampler: CvaeSampler) -> None:
+        """Add what the model makes of the real stamps; NaN for the others."""
+        from .coadd_set import make_coadd_set
 
-
-def _make_seed(seed: int, object_id: int, purpose: str) -> int:
-    """Return a seed that depends on nothing but the object."""
-    digest = hashlib.sha256(f"{seed} {int(object_id)} {purpose}".encode()).digest()
-    return int.from_bytes(digest[:7])
-
-
-def _measure_psf_variance(kernel: np.ndarray) -> float:
-    """Return sigma squared in pixels of a PSF; NaN where there is none."""
-    if not np.isfinite(kernel).all():
-        return np.nan
-    moments = galsim.ImageD(kernel.astype(np.float64)).FindAdaptiveMom(strict=False)
-    return float(moments.moments_sigma) ** 2 if not moments.error_message else np.nan
+        if abs(sampler.pixel_scale / cutouts.pixel_scale - 1) > SCALE_TOLERANCE:
+            raise ModelPackageError(
+                f"The model has pixels of {sampler.pixel_scale:.3f} arcsec and the coadd of "
+                f"{cutouts.pixel_scale:.3f}; for scores train one with source='cutouts', or unset doScores."
+            )
+        table["latents"] = np.full((len(table), sampler.n_shape), np.nan, dtype=np.float32)
+        table["latents"].description = "Mean of the latent variables of the shape of the real stamp"
+        for name, description in SCORE_COLUMNS.items():
+            table[name] = Column(np.full(len(table), np.nan, dtype=np.float32), description=description)
+        try:
+            galaxies, rows = make_coadd_set(cutouts, table, size=sampler.size)
+        except GalaxySetError as err:
+            self.log.warning("No real stamp can be scored: %s", err)
+            return
+        latents, elbo = sampler.score(
+            galaxies.image,
+            psf=galaxies.psf[galaxies.psf_index],
+            noise=np.sqrt(galaxies.noise_variance * galaxies.noise_power.mean()),
+            conditions=galaxies.conditions,
+            noise_power=galaxies.noise_power,
+        )
+        likelihood, divergence = elbo.log_likelihood.numpy(), elbo.kl_divergence.numpy()
+        modes = (sampler.size - 1) ** 2
+        log_norm = modes * np.log(2 * np.pi * galaxies.noise_variance * galaxies.noise_power.mean())
+        values: dict[str, Any] = {
+            "latents": latents,
+            "elbo": likelihood - divergence,
+            "kl_divergence": divergence,
+            "reduced_chi2": (-2 * likelihood - log_norm) / modes,
+        }
+        for name, value in values.items():
+            table[name][rows] = value

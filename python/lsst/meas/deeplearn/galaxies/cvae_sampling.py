@@ -434,6 +434,11 @@ class CvaeSampler:
         return self._network.size
 
     @property
+    def n_shape(self) -> int:
+        """Number of latent variables of the shape."""
+        return self._network.latents
+
+    @property
     def pixel_scale(self) -> float:
         """Side of a pixel in arcsec."""
         return self._network.pixel_scale

@@ -27,8 +27,12 @@ from __future__ import annotations
 __all__ = ("TrainCvaeConfig", "TrainCvaeConnections", "TrainCvaeTask")
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+
+import numpy as np
+from astropy.table import Table, vstack
 
 import lsst.pipe.base.connectionTypes as cT
 from lsst.pex.config import ChoiceField, Field, FieldValidationError, RangeField
@@ -43,15 +47,39 @@ from lsst.pipe.base import (
 from lsst.pipe.base.connections import InputQuantizedConnection, OutputQuantizedConnection
 
 from .. import __version__
+from ..cutouts import Cutouts
 from ..inference import torch_threads
-from ..model_package import MODEL_STORAGE_CLASS
+from ..model_package import MODEL_STORAGE_CLASS, SCALE_TOLERANCE, ModelPackage, ModelPackageError
+from .coadd_set import make_coadd_set
 from .conditions import ConditionError
 from .cosmos import GalaxySet, GalaxySetError, read_cosmos_set
+from .cut_galaxies_task import CONDITION_COLUMNS
 from .synthetic import make_synthetic_set
 
 
-class TrainCvaeConnections(PipelineTaskConnections, dimensions=()):
-    """Datasets that `TrainCvaeTask` writes; it reads files, or none."""
+class TrainCvaeConnections(PipelineTaskConnections, dimensions=(), defaultTemplates={"cutoutName": "galaxy"}):
+    """Datasets that `TrainCvaeTask` reads and writes.
+
+    Parameters
+    ----------
+    config
+        Configuration of the task.
+    """
+
+    cutouts = cT.Input(
+        doc="Stamps of galaxies of coadds, of all patches to train on.  Not read for other sources.",
+        name="{cutoutName}_cutouts",
+        storageClass="ArrowAstropy",
+        dimensions=("skymap", "tract", "patch"),
+        multiple=True,
+        deferLoad=True,
+    )
+    start = cT.PrerequisiteInput(
+        doc="Model package to go on from, for doFineTune.",
+        name="galaxy_cvae_start_model",
+        storageClass=MODEL_STORAGE_CLASS,
+        dimensions=(),
+    )
 
     model = cT.Output(
         doc="Model package of the trained network, with the record of its training and performance.",
@@ -59,6 +87,15 @@ class TrainCvaeConnections(PipelineTaskConnections, dimensions=()):
         storageClass=MODEL_STORAGE_CLASS,
         dimensions=(),
     )
+
+    config: TrainCvaeConfig
+
+    def __init__(self, *, config: TrainCvaeConfig):
+        super().__init__(config=config)
+        if config.source != "cutouts":
+            del self.cutouts
+        if not config.doFineTune:
+            del self.start
 
 
 class TrainCvaeConfig(PipelineTaskConfig, pipelineConnections=TrainCvaeConnections):
@@ -72,7 +109,11 @@ class TrainCvaeConfig(PipelineTaskConfig, pipelineConnections=TrainCvaeConnectio
             "synthetic": "Bulge, disk, knots and arms with the parameters of COSMOS; PSFs and noise like "
             "those of HST.",
             "cosmos": "The real galaxies of the GalSim COSMOS catalogue that cosmosCatalog names.",
+            "cutouts": "Galaxies of the coadds of the repository, which cutGalaxies has cut out.",
         },
+    )
+    doFineTune = Field[bool](
+        doc="Go on from the weights of galaxy_cvae_start_model, whose settings are kept?", default=False
     )
     cosmosCatalog = Field[str](
         doc="Path of the catalogue that galsim_download_cosmos has put somewhere, such as "
@@ -99,10 +140,11 @@ class TrainCvaeConfig(PipelineTaskConfig, pipelineConnections=TrainCvaeConnectio
     )
     size = ChoiceField[int](
         doc="Pixels on a side of the grid.  Galaxies that are cut off at less than 7.7 arcsec respond to "
-        "shear wrongly by percents.",
+        "shear wrongly by percents.  Stamps of coadds must have one pixel more.",
         default=128,
         allowed={
             32: "For tests.",
+            40: "8 arcsec with pixels of 0.2 arcsec.",
             64: "For tests.",
             128: "7.7 arcsec with the default pixels.",
             256: "Larger.",
@@ -110,7 +152,8 @@ class TrainCvaeConfig(PipelineTaskConfig, pipelineConnections=TrainCvaeConnectio
     )
     pixelScale = RangeField(
         dtype=float,
-        doc="Side of a pixel in arcsec; a multiple of 0.03 for real galaxies.",
+        doc="Side of a pixel in arcsec; a multiple of 0.03 for galaxies of COSMOS, and that of the coadd for "
+        "those of coadds.",
         default=0.06,
         min=0.02,
     )
@@ -226,18 +269,27 @@ class TrainCvaeTask(PipelineTask):
         inputRefs: InputQuantizedConnection,
         outputRefs: OutputQuantizedConnection,
     ) -> None:
+        inputs = butlerQC.get(inputRefs)
+        start = ModelPackage.from_arrow(inputs["start"]) if "start" in inputs else None
+        tables = [handle.get() for handle in inputs.get("cutouts", [])]
         try:
-            outputs = self.run(num_cores=butlerQC.resources.num_cores)
-        except (GalaxySetError, ConditionError) as err:
+            outputs = self.run(tables, start=start, num_cores=butlerQC.resources.num_cores)
+        except (GalaxySetError, ConditionError, ModelPackageError) as err:
             raise InvalidQuantumError(str(err)) from err
         outputs.model = outputs.model.to_arrow()
         butlerQC.put(outputs, outputRefs)
 
-    def run(self, *, num_cores: int = 1) -> Struct:
+    def run(
+        self, tables: Sequence[Table] = (), *, start: ModelPackage | None = None, num_cores: int = 1
+    ) -> Struct:
         """Make or read the training set, and train.
 
         Parameters
         ----------
+        tables
+            What `CutGalaxiesTask` writes, for ``source="cutouts"``.
+        start
+            Model to go on from.
         num_cores
             Threads that may be used on a CPU.
 
@@ -258,7 +310,7 @@ class TrainCvaeTask(PipelineTask):
         from .cvae_sampling import train_cvae
 
         config = self.config
-        galaxies = self._make_training_set()
+        galaxies = self._make_training_set(tables)
         rest, held_out = galaxies.split(config.heldOutFraction, seed=config.seed)
         self.log.info("Training on %d galaxies; %d are held out.", len(rest), len(held_out))
         with torch_threads(num_cores):
@@ -285,6 +337,7 @@ class TrainCvaeTask(PipelineTask):
                     "flow_layers": config.flowLayers,
                     "output_fwhm": config.outputFwhm,
                 },
+                start=start,
                 kl_weight=config.klWeight,
                 warm_up=config.warmUp,
                 flux_scatter=config.fluxScatter,
@@ -298,8 +351,10 @@ class TrainCvaeTask(PipelineTask):
         self.metadata["n_held_out"] = len(held_out)
         return Struct(model=dataclasses.replace(package, record=record))
 
-    def _make_training_set(self) -> GalaxySet:
+    def _make_training_set(self, tables: Sequence[Table]) -> GalaxySet:
         config = self.config
+        if config.source == "cutouts":
+            return self._read_cutouts(tables)
         if config.source == "cosmos":
             return read_cosmos_set(
                 config.cosmosCatalog,
@@ -317,8 +372,28 @@ class TrainCvaeTask(PipelineTask):
             keep_truth=False,
         )
 
+    def _read_cutouts(self, tables: Sequence[Table]) -> GalaxySet:
+        config = self.config
+        parts = [Cutouts.from_table(table) for table in tables if len(table)]
+        if not parts:
+            raise GalaxySetError("There are no stamps of galaxies; run cutGalaxies and check its selection.")
+        cutouts = Cutouts.concatenate(parts)
+        if abs(cutouts.pixel_scale / config.pixelScale - 1) > SCALE_TOLERANCE:
+            raise GalaxySetError(
+                f"Stamps have pixels of {cutouts.pixel_scale:.4f} arcsec; set pixelScale to that, and "
+                f"outputFwhm to more than 1.5 pixels."
+            )
+        names = [*CONDITION_COLUMNS]
+        table = vstack([table[names] for table in tables if len(table)], metadata_conflicts="silent")
+        galaxies, _ = make_coadd_set(cutouts, table, size=config.size, seed=config.seed)
+        chosen = np.random.default_rng(config.seed).permutation(len(galaxies))[: config.nGalaxies]
+        self.log.info("Took %d of %d stamps.", len(chosen), len(cutouts))
+        return galaxies[np.sort(chosen)]
+
     def _describe_training_set(self) -> dict[str, Any]:
         description: dict[str, Any] = {"source": self.config.source, "seed": self.config.seed}
         if self.config.source == "cosmos":
             return description | {"catalog": Path(self.config.cosmosCatalog).name}
+        if self.config.source == "cutouts":
+            return description
         return description | {"max_magnitude": self.config.maxMagnitude}
