@@ -145,6 +145,15 @@ def test_connections_follow_the_configuration() -> None:
     assert {"source_images", "lens_population"} <= set(both.prerequisiteInputs)
 
 
+def test_kinds_without_share_are_refused() -> None:
+    """Fractions that are all 0 leave nothing to divide by."""
+    config = make_config()
+    for kind in config.nonLenses.values():
+        kind.fraction = 0.0
+    with pytest.raises(FieldValidationError, match="nonLensRatio"):
+        config.validate()
+
+
 def test_painted_kinds_are_there(patch: tuple[MultibandCoadd, Table]) -> None:
     """Painted kinds stand on their galaxies, in the fractions asked for."""
     config = make_config()

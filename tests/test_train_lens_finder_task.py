@@ -40,12 +40,11 @@ from lsst.meas.deeplearn.detection import detect_objects
 from lsst.meas.deeplearn.lenses.likelihood_ratio import ScoreCalibration
 from lsst.meas.deeplearn.lenses.simulate_lenses_task import (
     EXAMPLE_COLUMNS,
-    SPLITS,
     NonLensConfig,
     SimulateLensesConfig,
     SimulateLensesTask,
-    compute_split,
 )
+from lsst.meas.deeplearn.lenses.splits import SPLITS, compute_split
 from lsst.meas.deeplearn.lenses.train_lens_finder_task import (
     TrainLensFinderConfig,
     TrainLensFinderConnections,

@@ -59,16 +59,10 @@ from ..cutouts import CutoutExtractor, Cutouts
 from ..inference import torch_threads
 from ..object_selection import SelectionError, column_names, select_objects
 from ..patch_inputs import PATCH_DIMENSIONS, PatchConfig, PatchConnections, compute_seed, read_objects
+from .splits import SPLIT_DTYPE, SPLITS, choose_split, compute_split
 
 if TYPE_CHECKING:
     from .source_images import SourceImages
-
-SPLITS = ("train", "validation", "calibration", "test")
-"""Values of the column ``split``: to train, to choose epochs and settings, to
-turn scores into probabilities, and to measure."""
-
-SPLIT_DTYPE = "U11"
-"""Type of that column."""
 
 EXAMPLE_COLUMNS: tuple[tuple[str, u.UnitBase | None, str], ...] = (
     ("label", None, "Whether there are lensed arcs in the stamp"),
@@ -327,6 +321,12 @@ class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnec
                 self.__class__.testFraction,
                 self,
                 "Validation, calibration and test are more than the whole sky.",
+            )
+        if self.nonLenses and not any(kind.fraction for kind in self.nonLenses.values()):
+            raise FieldValidationError(
+                self.__class__.nonLenses,
+                self,
+                "All fractions of non-lenses are 0; use nonLensRatio=0 for none.",
             )
         if any(value < 0 for value in self.gain.values()):
             raise FieldValidationError(self.__class__.gain, self, "Gains must not be negative.")
@@ -616,46 +616,6 @@ class SimulateLensesTask(PipelineTask):
         return _make_examples(cutouts, label=False, kind=name)
 
 
-def compute_split(
-    ra: np.ndarray,
-    dec: np.ndarray,
-    *,
-    validation: float,
-    calibration: float,
-    test: float,
-    block_size: float = 60.0,
-) -> np.ndarray:
-    """Return which of `SPLITS` positions belong to.
-
-    Whole blocks of sky go into one split, so that a galaxy, its stamps in
-    overlapping patches, and its neighbours do not leak from one into another
-    but at the borders of blocks.
-
-    Parameters
-    ----------
-    ra, dec
-        ICRS coordinates in degrees.
-    validation, calibration, test
-        Fractions of the sky; the rest is for training.
-    block_size
-        Side of the blocks in arcsec.
-    """
-    row = np.floor(dec * 3600 / block_size).astype(np.int64)
-    shrink = np.cos(np.radians((row + 0.5) * block_size / 3600))
-    column = np.floor(ra * shrink * 3600 / block_size).astype(np.int64)
-    blocks, inverse = np.unique(np.stack([row, column], axis=1), axis=0, return_inverse=True)
-    place = np.array([compute_seed("split", *block) / 2**62 for block in blocks.tolist()])
-    split = _choose_split(place, validation=validation, calibration=calibration, test=test)
-    return np.asarray(split[inverse.ravel()])
-
-
-def _choose_split(place: np.ndarray, *, validation: float, calibration: float, test: float) -> np.ndarray:
-    """Return the split of numbers from 0 to 1."""
-    names = np.array(["test", "validation", "calibration", "train"], dtype=SPLIT_DTYPE)
-    limits = np.cumsum([test, validation, calibration])
-    return np.asarray(names[np.searchsorted(limits, place, side="right")])
-
-
 class SourceError(ValueError):
     """Raised for images or lenses of a user that cannot be simulated."""
 
@@ -724,7 +684,7 @@ class _Sources:
     def _is_in(self, source_ids: np.ndarray, split: str) -> np.ndarray:
         """Return which sources belong to a split, by their IDs alone."""
         place = np.array([compute_seed("source", source) / 2**62 for source in source_ids.tolist()])
-        return np.asarray(_choose_split(place, **self.config.split_fractions) == split)
+        return np.asarray(choose_split(place, **self.config.split_fractions) == split)
 
 
 def _make_examples(
