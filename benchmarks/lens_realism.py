@@ -125,6 +125,12 @@ def main() -> None:
     parser.add_argument("--patches", type=int, nargs="+", default=[0, 1], help="patches")
     parser.add_argument("-n", type=int, default=1000, help="number of lenses tried")
     parser.add_argument("--min-snr", type=float, default=20.0, help="smallest signal to noise in all sets")
+    parser.add_argument(
+        "--brighten",
+        type=float,
+        default=0.0,
+        help="magnitudes by which sources are brighter than the prior's",
+    )
     parser.add_argument("--model", default=MODEL, help="model package of the lens finder")
     parser.add_argument("--seed", type=int, default=1, help="seed")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
@@ -137,6 +143,8 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     chosen = rng.integers(len(hosts), size=args.n)
     lenses = sample_lens_population(args.n, seed=args.seed, bands=hosts.bands, min_einstein_radius=0.7)
+    for band in hosts.bands:
+        lenses[f"source_mag_{band}"] -= args.brighten
     images = read_cosmos_images(args.cosmos)
 
     painted, bright = {}, np.ones(args.n, dtype=bool)
