@@ -32,7 +32,7 @@ from astropy.io import fits
 from click.testing import CliRunner
 
 from lsst.meas.deeplearn.inference import InferenceConfig
-from lsst.meas.deeplearn.lenses import challenge
+from lsst.meas.deeplearn.lenses import challenge, challenge_simulation
 from lsst.meas.deeplearn.lenses.challenge import ChallengeError
 from lsst.meas.deeplearn.lenses.lens_network import EvaluationError
 from lsst.meas.deeplearn.lenses.simulate_lenses_task import EXAMPLE_COLUMNS
@@ -258,6 +258,33 @@ def test_training_table(training: Path) -> None:
         cutouts[::-1], catalog, validation=0.3, test=0.3, calibration=0.0
     )
     np.testing.assert_array_equal(backwards["split"][::-1], table["split"])
+
+
+def test_simulated_set(tmp_path: Path) -> None:
+    """A made-up set is read as the challenge is: half are lenses, whose arcs
+    are counted, masked pixels are bad, and the noise is that of KiDS.
+    """
+    run = CliRunner().invoke(challenge_simulation.main, [str(tmp_path), "-n", "8", "--seed", "3"])
+    assert run.exit_code == 0, run.output
+    key = challenge.read_catalog(tmp_path / "classifications.csv")
+    assert key["is_lens"].sum() == 4
+    lens = np.asarray(key["is_lens"], dtype=bool)
+    assert (key["numb_pix_lensed_image"][lens] > 10).all()
+    assert (key["Einstein_area"][lens] > np.pi).all()
+    assert (key["flux_lensed_image_in_sigma"][~lens] == 0).all()
+    images = challenge.find_images(tmp_path, "ground")
+    cutouts = challenge.read_cutouts(images, key["ID"].tolist(), "ground")
+    assert cutouts.size == 101
+    for b, band in enumerate("ugri"):
+        ratio = np.sqrt(cutouts.variance[:, b, 0, 0]) / challenge_simulation.KIDS[band].sky_noise
+        assert 0.7 < np.median(ratio) < 1.5
+    # Red galaxies at the centre.
+    center = cutouts.image[..., 48:53, 48:53].sum(axis=(2, 3))
+    assert (center[:, 3] > 5 * center[:, 1]).mean() > 0.5
+    made, catalog = challenge_simulation.simulate_challenge(3, seed=9)
+    again, _ = challenge_simulation.simulate_challenge(3, seed=9)
+    np.testing.assert_array_equal(made.image, again.image)
+    assert catalog["is_lens"].sum() == 1
 
 
 def test_commands(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ class LensNetwork:
         seen = [np.empty((0, layers[-1].in_features), dtype=np.float32)]
 
         def keep(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            seen.append(inputs[0].numpy().reshape(len(inputs[0]), -1))
+            seen.append(inputs[0].numpy().reshape(-1, layers[-1].in_features))
 
         hook = layers[-1].register_forward_pre_hook(keep)
         try:
