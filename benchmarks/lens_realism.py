@@ -49,7 +49,7 @@ from lsst.daf.butler import Butler
 from lsst.meas.deeplearn.coadds import MultibandCoadd
 from lsst.meas.deeplearn.cutouts import CutoutExtractor, Cutouts
 from lsst.meas.deeplearn.lenses.lens_population import assign_source_images, sample_lens_population
-from lsst.meas.deeplearn.lenses.metrics import compute_probe_auroc
+from lsst.meas.deeplearn.lenses.logistic_regression import compute_probe_auroc
 from lsst.meas.deeplearn.lenses.simulate_lenses_task import SimulateLensesConfig
 from lsst.meas.deeplearn.lenses.simulation import estimate_gain, paint_lenses
 from lsst.meas.deeplearn.lenses.source_images import SourceImages, read_cosmos_images

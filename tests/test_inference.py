@@ -38,7 +38,7 @@ from scipy.special import expit
 from lsst.meas.deeplearn import inference
 from lsst.meas.deeplearn.inference import CPU_BATCH, InferenceConfig, predict, torch_threads
 from lsst.meas.deeplearn.lenses.deeplens import DeepLens
-from lsst.meas.deeplearn.lenses.metrics import compute_auroc
+from lsst.meas.deeplearn.metrics import compute_auroc
 from lsst.meas.deeplearn.model_package import ModelPackage
 from lsst.resources import ResourcePath
 
