@@ -19,15 +19,17 @@
 # You should have received a copy of the GNU General Public License
 # along with this program.  If not, see <https://www.gnu.org/licenses/>.
 
-"""A Sphinx directive that describes a pipeline task from its code.
+"""A Sphinx directive that describes pipeline tasks from their code.
 
-``.. pipeline-task:: NAME`` lists what the task reads and writes and the fields
-of its configuration with their defaults.
+``.. pipeline-tasks:: PACKAGE`` has a section for each task of the package:
+what it reads and writes, and the fields of its configuration with their
+defaults.
 """
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,30 +38,54 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from lsst.pex.config import ChoiceField, Config, ConfigField
+from lsst.pipe.base import PipelineTask
 
 
-class PipelineTaskDirective(SphinxDirective):
-    """Describe the pipeline task whose full name is the argument."""
+class PipelineTasksDirective(SphinxDirective):
+    """Describe the pipeline tasks of the package that is the argument."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        module, name = self.arguments[0].rsplit(".", 1)
-        task = getattr(importlib.import_module(module), name)
-        config = task.ConfigClass()
-        connections = config.ConnectionsClass(config=config)
-        dimensions = ", ".join(sorted(connections.dimensions)) or "none"
-        summary = task.__doc__.strip().splitlines()[0]
-        return [
-            nodes.paragraph("", summary),
-            nodes.paragraph("", "", nodes.strong("", "Module: "), nodes.literal("", module)),
-            nodes.paragraph("", "", nodes.strong("", "Dimensions: "), nodes.Text(dimensions)),
-            *(
-                make_list(heading, list(describe_connections(connections, kinds)))
-                for heading, kinds in (("Reads", ("prerequisiteInputs", "inputs")), ("Writes", ("outputs",)))
-            ),
-            make_list("Configuration", list(describe_fields(config))),
-        ]
+        return [describe_task(task) for task in find_tasks(self.arguments[0])]
+
+
+def find_tasks(package: str) -> list[type[PipelineTask]]:
+    """Return the tasks in the modules ``*_task`` of a package."""
+    folder = importlib.import_module(package).__path__
+    tasks = []
+    for module in pkgutil.iter_modules(folder, f"{package}."):
+        if module.name.endswith("_task"):
+            values = vars(importlib.import_module(module.name)).values()
+            tasks += [
+                value
+                for value in values
+                if isinstance(value, type)
+                and issubclass(value, PipelineTask)
+                and value.__module__ == module.name
+            ]
+    return tasks
+
+
+def describe_task(task: type[PipelineTask]) -> nodes.section:
+    """Return the section of a task."""
+    config = task.ConfigClass()
+    connections = config.ConnectionsClass(config=config)
+    dimensions = ", ".join(sorted(connections.dimensions)) or "none"
+    return nodes.section(
+        "",
+        nodes.title("", task.__name__),
+        nodes.paragraph("", (task.__doc__ or "").strip().splitlines()[0]),
+        nodes.paragraph("", "", nodes.strong("", "Module: "), nodes.literal("", task.__module__)),
+        nodes.paragraph("", "", nodes.strong("", "Dimensions: "), nodes.Text(dimensions)),
+        *(
+            make_list(heading, list(describe_connections(connections, kinds)))
+            for heading, kinds in (("Reads", ("prerequisiteInputs", "inputs")), ("Writes", ("outputs",)))
+        ),
+        make_list("Configuration", list(describe_fields(config))),
+        ids=[task.__name__],
+        names=[task.__name__.lower()],
+    )
 
 
 def describe_connections(connections: Any, kinds: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
@@ -99,5 +125,5 @@ def make_list(heading: str, items: list[tuple[str, str, str]]) -> nodes.Node:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Tell Sphinx of the directive."""
-    app.add_directive("pipeline-task", PipelineTaskDirective)
+    app.add_directive("pipeline-tasks", PipelineTasksDirective)
     return {"parallel_read_safe": True}
