@@ -32,7 +32,7 @@ from astropy.io import fits
 from click.testing import CliRunner
 
 from lsst.meas.deeplearn.inference import InferenceConfig
-from lsst.meas.deeplearn.lenses import challenge, challenge_simulation
+from lsst.meas.deeplearn.lenses import challenge, challenge_commands, challenge_simulation
 from lsst.meas.deeplearn.lenses.challenge import ChallengeError
 from lsst.meas.deeplearn.lenses.lens_network import EvaluationError
 from lsst.meas.deeplearn.lenses.simulate_lenses_task import EXAMPLE_COLUMNS
@@ -264,7 +264,7 @@ def test_simulated_set(tmp_path: Path) -> None:
     """A made-up set is read as the challenge is: half are lenses, whose arcs
     are counted, masked pixels are bad, and the noise is that of KiDS.
     """
-    run = CliRunner().invoke(challenge_simulation.main, [str(tmp_path), "-n", "8", "--seed", "3"])
+    run = CliRunner().invoke(challenge_commands.main, ["simulate", str(tmp_path), "-n", "8", "--seed", "3"])
     assert run.exit_code == 0, run.output
     key = challenge.read_catalog(tmp_path / "classifications.csv")
     assert key["is_lens"].sum() == 4
@@ -300,27 +300,29 @@ def test_commands(tmp_path: Path) -> None:
     )
     run = CliRunner().invoke
     trained = run(
-        challenge.main,
+        challenge_commands.main,
         ["train", str(root), catalog, str(package), "--epochs", "1", "--config-file", str(settings)],
     )
     assert trained.exit_code == 0, trained.output
     assert ModelPackage.read(package).settings.bands == ("u", "g", "r", "i")
     output = tmp_path / "scores.txt"
     options = ["--orientations", "1", "--device", "cpu", "--limit", "20", "--output", str(output)]
-    scored = run(challenge.main, ["score", str(root), catalog, str(package), *options])
+    scored = run(challenge_commands.main, ["score", str(root), catalog, str(package), *options])
     assert scored.exit_code == 0, scored.output
     assert "10 lenses, 10 non-lenses, 0 without a score" in scored.output
-    judged = run(challenge.main, ["judge", catalog, str(output), "--cut", "numb_pix_lensed_image=160"])
+    judged = run(
+        challenge_commands.main, ["judge", catalog, str(output), "--cut", "numb_pix_lensed_image=160"]
+    )
     assert judged.exit_code == 0, judged.output
     assert "8 lenses, 10 non-lenses" in judged.output
     next((root / "Public" / "Band1").glob("*00.fits")).unlink()
-    torn = run(challenge.main, ["score", str(root), catalog, str(package)])
+    torn = run(challenge_commands.main, ["score", str(root), catalog, str(package)])
     assert "1 of 60 objects lack a band" in torn.output
     for band in (root / "Public").iterdir():
         next(band.glob("*00.fits"), band / "none").unlink(missing_ok=True)
     options = ["--orientations", "1", "--device", "cpu"]
-    rest = run(challenge.main, ["score", str(root), catalog, str(package), *options])
+    rest = run(challenge_commands.main, ["score", str(root), catalog, str(package), *options])
     assert "29 lenses, 30 non-lenses, 1 without a score" in rest.output
-    wrong = run(challenge.main, ["score", str(root), catalog, str(package), "--branch", "space"])
+    wrong = run(challenge_commands.main, ["score", str(root), catalog, str(package), "--branch", "space"])
     assert wrong.exit_code == 1
     assert "choose the other one" in wrong.output

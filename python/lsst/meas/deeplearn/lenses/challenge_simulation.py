@@ -36,21 +36,19 @@ sets are not the same thing.
 
 from __future__ import annotations
 
-__all__ = ("KIDS", "KidsBand", "main", "simulate_challenge", "write_challenge")
+__all__ = ("KIDS", "KidsBand", "simulate_challenge", "write_challenge")
 
 import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
 
-import click
 import galsim
 import numpy as np
 from astropy.io import fits
 from astropy.table import Table
 
 from ..cutouts import Cutouts
-from ..patch_inputs import compute_seed
 from ..scene import (
     AB_ZERO_POINT,
     PIXEL_SCALE,
@@ -80,9 +78,6 @@ fainter ones are below the noise of KiDS."""
 
 MASKED_SHARE = 0.1
 """Share of the stamps with a masked area."""
-
-CHUNK = 100
-"""Number of objects that are made together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,37 +269,3 @@ def write_challenge(root: Path | str, cutouts: Cutouts) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         for number, stamp in zip(cutouts.ids.tolist(), image[:, b], strict=True):
             fits.writeto(path.with_name(f"{path.name}{number}.fits"), stamp, overwrite=True)
-
-
-@click.command()
-@click.argument("root", type=click.Path(file_okay=False, path_type=Path))
-@click.option("-n", "--number", default=2000, show_default=True, help="Number of objects.")
-@click.option("--seed", default=1, show_default=True, help="Seed; give training and test other ones.")
-def main(root: Path, number: int, seed: int) -> None:
-    """Make a set like that of the lens finding challenge in ROOT.
-
-    \f
-
-    Parameters
-    ----------
-    root
-        Folder to write, with the key as ``classifications.csv``.
-    number
-        Number of objects.
-    seed
-        Seed.
-    """  # noqa: D301
-    keys = []
-    for start in range(0, number, CHUNK):
-        cutouts, key = simulate_challenge(
-            min(CHUNK, number - start), seed=compute_seed("challenge", seed, start), first_id=100000 + start
-        )
-        write_challenge(root, cutouts)
-        keys.append(key)
-        click.echo(f"{start + len(key)} of {number} objects are made.")
-    rows = [row for key in keys for row in key.iterrows()]
-    Table(rows=rows, names=keys[0].colnames).write(root / "classifications.csv", format="ascii.csv")
-
-
-if __name__ == "__main__":
-    main()
