@@ -494,7 +494,7 @@ def test_probed_pixels() -> None:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a repository with examples of two patches and two models."""
+    """Return a repository with examples, a blank field and two models."""
     root = tmp_path_factory.mktemp("repository") / "repo"
     butler = make_test_repository(root, n_sources=5)
     examples = DatasetType(
@@ -502,9 +502,12 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     butler.registry.registerDatasetType(examples)
     butler.collections.register("examples")
-    for patch in (0, 1):
-        table = make_examples(60, seed=patch + 1)
-        butler.put(table, examples, skymap="test", tract=0, patch=patch, run="examples")
+    butler.put(make_examples(120), examples, skymap="test", tract=0, patch=0, run="examples")
+    candidates = DatasetType("lens_candidates", examples.dimensions, "ArrowAstropy")
+    butler.registry.registerDatasetType(candidates)
+    butler.collections.register("blank")
+    # Of a patch that has no examples.
+    butler.put(make_candidates(12, 0.5), candidates, skymap="test", tract=0, patch=1, run="blank")
     ingest_model(butler, make_test_model(), run="models/test", dataset_type="deeplens_model")
     ingest_model(butler, make_test_model("giy"), run="models/giy", dataset_type="other_model")
     return root
@@ -515,15 +518,15 @@ def test_in_a_repository(repository: Path) -> None:
     back whole.
     """
     butler = SimplePipelineExecutor.prep_butler(
-        str(repository), inputs=["examples", "models/test"], output="evaluation"
+        str(repository), inputs=["examples", "models/test", "blank"], output="evaluation"
     )
-    executor = SimplePipelineExecutor.from_task_class(
-        EvaluateLensFinderTask, config=make_config(maxRobustness=5, doProbe=False), butler=butler
-    )
+    config = make_config(maxRobustness=5, doProbe=False, doBlankFields=True)
+    executor = SimplePipelineExecutor.from_task_class(EvaluateLensFinderTask, config=config, butler=butler)
     executor.run(register_dataset_types=True)
     metrics = butler.get("lens_finder_metrics")
     assert get_value(metrics, "test 1", "auroc") == pytest.approx(0.5, abs=0.5)
     assert metrics["value"].description == METRIC_COLUMNS["value"][1]
+    assert set(metrics["n_negative"][metrics["subset"] == "blank fields"]) == {10}
     assert set(butler.get("lens_finder_calibrations")) == {"test 1"}
     for name in ("roc", "completeness", "reliability", "scores"):
         (ref,) = butler.query_datasets(f"lens_finder_{name}")
