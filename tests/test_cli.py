@@ -156,7 +156,7 @@ def test_show_shear_bias(repository: Path) -> None:
     table["bin"] = ["all", "snr"]
     for k, name in enumerate(("m1", "m2", "c1", "c2", "alpha1")):
         table[name], table[f"{name}_err"] = 0.001 * (k + 1), 0.0005
-    table["c2"] = np.nan
+    table["alpha1"] = np.nan
     with Butler.from_config(str(repository), writeable=True, run="shear") as butler:
         corners = [LonLat.fromDegrees(ra, dec) for ra, dec in ((0, 0), (1, 0), (1, 1), (0, 1))]
         region = ConvexPolygon([UnitVector3d(corner) for corner in corners])
@@ -171,4 +171,5 @@ def test_show_shear_bias(repository: Path) -> None:
     assert any("Shear bias of tract 7" in line for line in lines)
     (row,) = (line for line in lines if "+2.00 +- 0.50" in line)
     assert "+1.00 +- 0.50" in row
-    assert "nan +- 0.50" in row
+    assert "+4.00 +- 0.50" in row
+    assert not any("alpha1" in line for line in lines)

@@ -264,6 +264,7 @@ def show_shear_bias(repo: str, collections: str, where: str) -> None:
     For each estimator and kind of galaxies, and for the difference between
     kinds; the bins are in the dataset, 'shear_bias'.
     """
+    import numpy as np
     from astropy.table import Table
 
     from lsst.daf.butler import Butler, ButlerUserError
@@ -279,7 +280,7 @@ def show_shear_bias(repo: str, collections: str, where: str) -> None:
             table = table[table["bin"] == "all"]
             rows = Table({"estimator": table["estimator"], "galaxies": table["morphology"]})
             rows["minus"] = table["reference"]
-            for name in names:
+            for name in (name for name in names if np.isfinite(table[name]).any()):
                 pairs = zip(table[name], table[f"{name}_err"], strict=True)
                 rows[name] = [f"{1e3 * value:+.2f} +- {1e3 * error:.2f}" for value, error in pairs]
             click.echo(f"Shear bias of tract {ref.dataId['tract']}, in units of 1e-3:")
