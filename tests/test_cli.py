@@ -69,6 +69,25 @@ def test_ingest_and_list_models(repository: Path, tmp_path: Path) -> None:
     assert "g,r,i" in listed.output
 
 
+def test_export_models(repository: Path, tmp_path: Path) -> None:
+    """Models of a run come out as the files that went in; two of one name are
+    refused.
+    """
+    path = tmp_path / "model.safetensors"
+    make_test_model().write(path)
+    for version in ("v1", "v2"):
+        run("ingest-deeplearn-model", repository, path, "--run", f"models/test/{version}")
+    folder = tmp_path / "exported"
+    result = run("export-deeplearn-models", repository, folder, "--collections", "models/test/v1")
+    assert result.exit_code == 0, result.output
+    assert (folder / "test.safetensors").read_bytes() == path.read_bytes()
+    both = run("export-deeplearn-models", repository, folder, "--collections", "models/*")
+    assert both.exit_code == 1
+    assert "name one run of each" in both.output
+    none = run("export-deeplearn-models", repository, folder, "--collections", "nothing*")
+    assert "no model packages in nothing*" in none.output
+
+
 def test_ingest_an_ensemble(repository: Path, tmp_path: Path) -> None:
     """Several models go into runs of their own, and into a chain."""
     paths = [tmp_path / f"{name}.safetensors" for name in ("a", "b")]

@@ -146,10 +146,13 @@ def result() -> Any:
 
 def test_connections() -> None:
     """Connections obey the conventions, with an input for each model."""
-    lintConnections(EvaluateLensFinderConnections)
+    lintConnections(EvaluateLensFinderConnections, checkUnnecessaryMultiple=False)
     connections = EvaluateLensFinderConnections(config=make_config(models=["a_model", "b_model"]))
     assert {"examples", "model_0", "model_1"} == set(connections.inputs)
     assert connections.model_1.name == "b_model"
+    found = EvaluateLensFinderConnections(config=make_config(doFindModels=True))
+    assert set(found.inputs) == {"examples"}
+    assert set(found.prerequisiteInputs) == {"ensemble"}
 
 
 def test_metrics_are_described(result: Any) -> None:
@@ -531,6 +534,20 @@ def test_in_a_repository(repository: Path) -> None:
     for name in ("roc", "completeness", "reliability", "scores"):
         (ref,) = butler.query_datasets(f"lens_finder_{name}")
         assert Path(butler.getURI(ref).ospath).stat().st_size > 0
+
+
+def test_models_are_found(repository: Path) -> None:
+    """All models of the input collections are evaluated, as they are used."""
+    other = dataclasses.replace(make_test_model(seed=2), name="other")
+    with Butler.from_config(str(repository), writeable=True) as writer:
+        ingest_model(writer, other, run="models/more", dataset_type="deeplens_model")
+    butler = SimplePipelineExecutor.prep_butler(
+        str(repository), inputs=["examples", "models/test", "models/more"], output="evaluation_found"
+    )
+    config = make_config(maxRobustness=0, doProbe=False, doRingFinder=False, doFindModels=True)
+    executor = SimplePipelineExecutor.from_task_class(EvaluateLensFinderTask, config=config, butler=butler)
+    executor.run(register_dataset_types=True)
+    assert ENSEMBLE in butler.get("lens_finder_metrics")["classifier"]
 
 
 def test_wrong_model_stops_the_run(repository: Path) -> None:

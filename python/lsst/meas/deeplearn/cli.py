@@ -46,6 +46,7 @@ def get_cli_subcommands() -> list[click.Command]:
     return [
         ingest_deeplearn_model,
         list_deeplearn_models,
+        export_deeplearn_models,
         import_fits_coadds,
         make_lens_demo,
         show_lens_demo,
@@ -133,6 +134,35 @@ def list_deeplearn_models(repo: str, collections: str) -> None:
             "There are no model packages; add one with 'butler ingest-deeplearn-model'."
         )
     click.echo("\n".join(table.pformat(max_lines=-1, max_width=-1)))
+
+
+@click.command(cls=ButlerCommand, name="export-deeplearn-models")
+@repo_argument(required=True)
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--collections", required=True, help="Glob of the collections to search.")
+def export_deeplearn_models(repo: str, folder: Path, collections: str) -> None:
+    """Write the model packages of a repository to .safetensors files.
+
+    FOLDER gets a file for each, named after the model.  Those of an ensemble
+    that was trained together can be ingested with a chain then.
+    """
+    from lsst.daf.butler import Butler
+
+    from .model_package import ModelPackage, list_models
+
+    with Butler.from_config(repo) as butler:
+        table = list_models(butler, collections)
+        if not table:
+            raise click.ClickException(f"There are no model packages in {collections}.")
+        names = table["name"].tolist()
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise click.ClickException(f"Several models are called {repeated}; name one run of each.")
+        folder.mkdir(parents=True, exist_ok=True)
+        for row in table:
+            package = butler.get(str(row["dataset_type"]), collections=str(row["run"]))
+            path = folder / f"{row['name']}.safetensors"
+            ModelPackage.from_arrow(package).write(path)
+            click.echo(f"Wrote {path}.")
 
 
 @click.command(cls=ButlerCommand, name="import-fits-coadds")

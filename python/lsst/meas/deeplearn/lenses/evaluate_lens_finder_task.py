@@ -61,7 +61,13 @@ from ..metrics import (
     compute_auroc_interval,
     compute_operating_point,
 )
-from ..model_package import MODEL_STORAGE_CLASS, ModelPackage, ModelPackageError
+from ..model_package import (
+    MODEL_STORAGE_CLASS,
+    ModelPackage,
+    ModelPackageError,
+    find_models,
+    load_model,
+)
 from .calibration import compute_brier_score, compute_calibration_error, compute_log_loss
 from .completeness import (
     CANDIDATE_DENSITY,
@@ -105,6 +111,15 @@ class EvaluateLensFinderConnections(
         dimensions=("skymap", "tract", "patch"),
         multiple=True,
         deferLoad=True,
+    )
+    ensemble = cT.PrerequisiteInput(
+        doc="All model packages of the input collections, chosen as LensFinderTask does.",
+        name="deeplens_model",
+        storageClass=MODEL_STORAGE_CLASS,
+        dimensions=(),
+        multiple=True,
+        deferLoad=True,
+        lookupFunction=find_models,
     )
     blankCandidates = cT.PrerequisiteInput(
         doc="What LensFinderTask says of the objects of fields without lenses: all tables of the input "
@@ -158,6 +173,9 @@ class EvaluateLensFinderConnections(
         super().__init__(config=config)
         if not config.doBlankFields:
             del self.blankCandidates
+        if config.doFindModels:
+            return
+        del self.ensemble
         for k, name in enumerate(config.models):
             model = cT.Input(
                 doc="Model package to evaluate.", name=name, storageClass=MODEL_STORAGE_CLASS, dimensions=()
@@ -172,6 +190,11 @@ class EvaluateLensFinderConfig(PipelineTaskConfig, pipelineConnections=EvaluateL
         doc="Dataset types of the model packages to evaluate; the mean of their logits is one more lens "
         "finder if there are several.",
         default=["deeplens_model"],
+    )
+    doFindModels = Field[bool](
+        doc="Evaluate all model packages of the input collections, as LensFinderTask takes them, instead of "
+        "those of ``models``?",
+        default=False,
     )
     inference = ConfigField[InferenceConfig](doc="How networks run.")
     chunkSize = RangeField(
@@ -323,7 +346,11 @@ class EvaluateLensFinderTask(PipelineTask):
         inputs = butlerQC.get(inputRefs)
         handles = sorted(inputs["examples"], key=lambda handle: tuple(handle.dataId.required_values))
         try:
-            models = [ModelPackage.from_arrow(inputs[f"model_{k}"]) for k in range(len(self.config.models))]
+            if self.config.doFindModels:
+                models = [load_model(handle) for handle in inputs["ensemble"]]
+            else:
+                names = [f"model_{k}" for k in range(len(self.config.models))]
+                models = [ModelPackage.from_arrow(inputs[name]) for name in names]
             outputs = self.run(
                 (handle.get() for handle in handles),
                 models,
