@@ -59,7 +59,7 @@ from lsst.daf.butler import Butler
 from lsst.images import Box, MaskedImage
 from lsst.images.serialization import read_archive
 from lsst.meas.deeplearn.coadds import MultibandCoadd
-from lsst.meas.deeplearn.cutouts import CutoutExtractor
+from lsst.meas.deeplearn.cutouts import CutoutExtractor, _gather
 from lsst.meas.deeplearn.lenses import lens_finder_task
 from lsst.meas.deeplearn.lenses.deeplens import DeepLens
 from lsst.meas.deeplearn.model_package import ModelPackage, ModelSettings, ingest_model
@@ -324,7 +324,21 @@ def _time_cutting(patch: Patch, n_objects: int) -> list[Result]:
     handles = [patch.butler.getDeferred("deep_coadd", patch.data_id, band=band) for band in BANDS]
     coadd = MultibandCoadd.read(handles, BANDS)
     table = patch.objects
-    results = []
+    corners = np.random.default_rng(3).integers(0, np.array(coadd.bbox.shape)[:, None] - SIZE, (2, n_objects))
+    one_plane = np.empty((n_objects, SIZE, SIZE), dtype=np.float32)
+    everywhere = np.ones(n_objects, dtype=bool)
+    seconds = compute_seconds(
+        lambda: _gather(
+            one_plane,
+            coadd.planes[BANDS[0]].image,
+            bottom=corners[0],
+            left=corners[1],
+            inside=everywhere,
+            off_edge=~everywhere,
+        ),
+        repeats=3,
+    )
+    results = [Result("cutouts", "stamps of one plane", n_objects / seconds, "stamps/s/core")]
     for psf_size in (0, 25):
         extractor = CutoutExtractor(coadd, size=SIZE, psf_size=psf_size)
         seconds = compute_seconds(

@@ -132,10 +132,12 @@ def shift_kernel(
     shifted
         Shape ``(y, x)``, or ``(N, y, x)`` for arrays of shifts.
     """
-    weights = _lanczos_weights(dy)[..., :, None] * _lanczos_weights(dx)[..., None, :]
     padded = np.pad(kernel, _LANCZOS) if size is None else _pad_or_crop(kernel, size + 2 * _LANCZOS)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, weights.shape[-2:])  # (y, x, 11, 11)
-    return np.tensordot(weights, windows[..., ::-1, ::-1], axes=((-2, -1), (-2, -1)))
+    n_weights = 2 * _LANCZOS + 1
+    rows = np.lib.stride_tricks.sliding_window_view(padded, n_weights, axis=-1)[..., ::-1]
+    along_x = np.tensordot(_lanczos_weights(dx), rows, axes=(-1, -1))  # ([N,] y + 10, x)
+    columns = np.lib.stride_tricks.sliding_window_view(along_x, n_weights, axis=-2)[..., ::-1]
+    return np.einsum("...yxk,...k->...yx", columns, _lanczos_weights(dy))
 
 
 def _lanczos_weights(shift: np.ndarray | float) -> np.ndarray:
