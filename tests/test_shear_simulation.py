@@ -392,13 +392,26 @@ def make_real_catalog(folder: Path) -> str:
     return "catalog.fits"
 
 
+def test_wrong_psf_is_seen() -> None:
+    """A PSF that is too large by 2% is a bias at more than 5 sigma."""
+    galaxies = GalaxySample.draw(np.arange(24), seed=5)
+    true, wrong = (
+        make_sums(galaxies, Scene(PSF, SCALE, psf_size_error=error), make_arms((0.02,)))["metacal", "all"]
+        for error in (0.0, 0.02)
+    )
+    bias = fit_bias(wrong, reference=true)
+    for name in ("m1", "m2", "c1", "c2"):
+        assert abs(bias.values[name]) > 5 * bias.errors[name], name
+    assert bias.values["m1"] > 0.02
+
+
 @pytest.mark.slow
 def test_noise_and_selection() -> None:
     """With the noise of a year m stays below 2e-3, also with a cut, thanks to
     the noise correction and the response of the selection; without either,
     the bias is seen at 5 sigma.
     """
-    galaxies = GalaxySample.draw(np.arange(1500), seed=1, magnitude=(20.0, 25.2))
+    galaxies = GalaxySample.draw(np.arange(1500), seed=21, magnitude=(20.0, 25.2))
     scene, arms = Scene(PSF, SCALE, noise_sigma=4.0), make_arms((0.02,))
     bins = {"all": Bin(), "cut": Bin(min_snr=10.0), "wrong": Bin(min_snr=10.0, respond=False)}
     sums, without = (

@@ -53,6 +53,10 @@ from torch import Tensor
 # PSFs are taken to be zero where they are below this share of their maximum.
 _NEGLIGIBLE = 1e-4
 
+# That share beyond the Nyquist frequency of the stamps, where PSFs made from
+# pixels have what their interpolation adds.
+_ARTEFACT = 3e-4
+
 # For the images that all else is drawn from.
 _ACCURATE = galsim.GSParams(folding_threshold=1e-3, maxk_threshold=1e-4, maximum_fft_size=16384)
 
@@ -195,7 +199,7 @@ class Renderer:
         points = _make_axis(size, pixel_scale)
         # Images of the galaxy in neighbouring periods do not overlap.
         dk = 2 * math.pi / (size * pixel_scale + len(x) * images.pixel_scale)
-        n = _find_last_mode(psf, dk)
+        n = _find_last_mode(psf, dk, math.pi / pixel_scale)
         # Modes kx = u - slant * ky, ky: with (b, 1 - g1) the second row of S,
         # S k = (a u, b u + ky / a), as its determinant is 1.
         slant = b / a
@@ -296,12 +300,15 @@ def _make_axis(size: int, scale: float) -> np.ndarray:
     return (np.arange(size) - size // 2) * scale
 
 
-def _find_last_mode(psf: galsim.GSObject, dk: float) -> int:
-    """Return up to which multiple of dk the PSF counts."""
+def _find_last_mode(psf: galsim.GSObject, dk: float, nyquist: float) -> int:
+    """Return up to which multiple of dk along the axes the PSF counts."""
     n = math.ceil(2.5 * psf.maxk / dk)
-    power = np.abs(psf.drawKImage(nx=2 * n + 1, ny=2 * n + 1, scale=dk).array) > _NEGLIGIBLE * psf.flux
-    used = np.flatnonzero(power.any(axis=0) | power.any(axis=1))
-    return int(np.abs(used - n).max(initial=1))
+    limit = np.where(np.abs(dk * np.arange(-n, n + 1)) > nyquist, _ARTEFACT, _NEGLIGIBLE) * psf.flux
+    last = 1
+    for nx, ny in ((2 * n + 1, 1), (1, 2 * n + 1)):
+        along = np.abs(psf.drawKImage(nx=nx, ny=ny, scale=dk).array.ravel())
+        last = max(last, int(np.abs(np.flatnonzero(along > limit) - n).max(initial=1)))
+    return last
 
 
 def _draw_modes(
@@ -310,8 +317,9 @@ def _draw_modes(
     """Return the Fourier transform of a profile at modes of a slanted grid,
     which the transpose of a matrix makes of a square one; shape ``(u, ky)``.
     """
-    drawn = profile.transform(*matrix).drawKImage(nx=2 * n + 1, ny=2 * n + 1, scale=dk)
-    values: np.ndarray = drawn.array[n:].T
+    image = galsim.ImageCD(galsim.BoundsI(-n, n, 0, n))
+    drawn = profile.transform(*matrix).drawKImage(image=image, scale=dk, recenter=False)
+    values: np.ndarray = drawn.array.T
     return values.copy()
 
 
