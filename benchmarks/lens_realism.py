@@ -57,7 +57,7 @@ from lsst.meas.deeplearn.model_package import ModelPackage
 from lsst.meas.deeplearn.object_selection import select_objects
 from lsst.resources import ResourcePath
 
-MODEL = "eups://meas_deeplearn/models/deeplens_gri.safetensors"
+MODEL = "eups://meas_deeplearn/models/deeplens_gri_1.safetensors"
 
 
 def read_hosts(repo: str, collection: str, patches: list[int], size: int) -> tuple[Cutouts, dict[str, float]]:

@@ -70,6 +70,15 @@ def _read(butler: Butler, patch: int) -> dict[str, CellCoadd]:
     return {band: butler.get("deep_coadd", data_id, band=band) for band in BANDS}
 
 
+def test_models(butler: Butler) -> None:
+    """The shipped models are there, those of an ensemble in a chain."""
+    members = butler.collections.get_info("models/deeplens_gri").children
+    assert members
+    assert all(member.startswith("models/deeplens_gri_") for member in members)
+    found = butler.query_datasets("deeplens_model", "models/deeplens_gri", find_first=False)
+    assert len(found) == len(members)
+
+
 def test_patches_agree_where_they_overlap(butler: Butler) -> None:
     """Two patches have the same pixels, noise too, in their overlap."""
     for band in BANDS:

@@ -72,7 +72,7 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     repo = tmp_path_factory.mktemp("demo") / "repo"
     make_demo(repo, inner_cells=(4, 4), cell_size=75, bands=("g", "r", "i"), n_lenses=4, processes=1)
     run_pipeline(
-        *(repo, "find_lenses.yaml", "demo/coadds,models/deeplens_gri/v1", "demo/lenses"),
+        *(repo, "find_lenses.yaml", "demo/coadds,models/deeplens_gri", "demo/lenses"),
         *("-c", "lensFinder:inference.averageOrientations=1"),
     )
     run_pipeline(

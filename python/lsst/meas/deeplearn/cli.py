@@ -35,7 +35,7 @@ from lsst.daf.butler.cli.opt import repo_argument
 from lsst.daf.butler.cli.utils import ButlerCommand
 
 if TYPE_CHECKING:
-    from lsst.daf.butler import Butler
+    pass
 
 # Modules that a command needs are imported in it, so that 'butler --help'
 # stays quick.
@@ -69,13 +69,13 @@ def ingest_deeplearn_model(
     """Put model packages into a repository.
 
     PACKAGE is the path or URI of a .safetensors file, such as
-    eups://meas_deeplearn/models/deeplens_gri.safetensors.  The models of a
+    eups://meas_deeplearn/models/deeplens_gri_1.safetensors.  The models of a
     chain are an ensemble; a chain that exists already is replaced.
     """
     from lsst.daf.butler import Butler
     from lsst.daf.butler.registry import ConflictingDefinitionError
 
-    from .model_package import ModelPackage, ModelPackageError, ingest_model
+    from .model_package import ModelPackage, ModelPackageError, chain_models, ingest_model
 
     if run is not None and len(packages) > 1:
         raise click.UsageError("--run names the run of one model; several have runs of their own names.")
@@ -98,20 +98,11 @@ def ingest_deeplearn_model(
             click.echo(f"Put {model.name} {model.version} into {ref.run} as {ref.datasetType.name}.")
             runs.append(ref.run)
         if chain is not None:
-            _make_chain(butler, chain, runs)
+            try:
+                chain_models(butler, chain, runs)
+            except ModelPackageError as err:
+                raise click.ClickException(str(err)) from err
             click.echo(f"The ensemble is {chain}.")
-
-
-def _make_chain(butler: Butler, chain: str, runs: list[str]) -> None:
-    """Make or replace a CHAINED collection."""
-    from lsst.daf.butler import CollectionType
-    from lsst.daf.butler.registry import CollectionTypeError
-
-    try:
-        butler.collections.register(chain, CollectionType.CHAINED)
-        butler.collections.redefine_chain(chain, runs)
-    except CollectionTypeError as err:
-        raise click.ClickException(f"{chain} is no chain but another collection; name another one.") from err
 
 
 @click.command(cls=ButlerCommand, name="list-deeplearn-models")

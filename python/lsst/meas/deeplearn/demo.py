@@ -33,6 +33,8 @@ import contextlib
 import dataclasses
 import logging
 import multiprocessing
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
@@ -50,7 +52,7 @@ from lsst.utils.threads import disable_implicit_threading
 
 from .coadds import MultibandCoadd
 from .detection import detect_objects, select_primary
-from .model_package import ModelPackage, ingest_model
+from .model_package import ModelPackage, chain_models, ingest_model
 from .repository import CellSkyMap, make_cell_coadd, register_dataset_types, register_sky_map
 from .scene import (
     AB_ZERO_POINT,
@@ -188,7 +190,8 @@ def make_demo(
     In the collection ``run`` are ``deep_coadd``, ``object_patch``, ``object``
     and, if there are lenses, ``lens_truth``; sky map ``demo``, tract 1.  The
     model packages that come with this package are put into
-    ``models/<name>/v<version>``.
+    ``models/<name>/v<version>``; the chain ``models/deeplens_gri`` has those
+    of the lens finder.
 
     Parameters
     ----------
@@ -254,7 +257,7 @@ def make_demo(
         if len(scene.lenses):
             _write_truth(butler, scene, np.stack(snr, axis=1))
         for name in _ingest_shipped_models(butler):
-            report(f"Put a model package into {name}.")
+            report(f"Put model packages into {name}.")
     report(f"The repository is in {root}, its coadds in the collection {run}.")
 
 
@@ -669,9 +672,24 @@ def _write_truth(butler: Butler, scene: Scene, snr: np.ndarray) -> None:
 
 
 def _ingest_shipped_models(butler: Butler) -> list[str]:
-    """Put the models of this package into a repository; return the runs."""
-    paths = sorted((Path(__file__).parent / "resources" / "models").glob("*.safetensors"))
-    return [ingest_model(butler, ModelPackage.read(path)).run for path in paths]
+    """Put the models of this package into a repository.
+
+    Those whose names differ in a last number are an ensemble, a chain.
+
+    Returns
+    -------
+    collections
+        Runs and chains.
+    """
+    runs, chains = [], defaultdict(list)
+    for path in sorted((Path(__file__).parent / "resources" / "models").glob("*.safetensors")):
+        package = ModelPackage.read(path)
+        runs.append(ingest_model(butler, package).run)
+        if member := re.fullmatch(r"(.+)_\d+", package.name):
+            chains[f"models/{member[1]}"].append(runs[-1])
+    for chain, members in chains.items():
+        chain_models(butler, chain, members)
+    return [*runs, *chains]
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ __all__ = (
     "ModelPackage",
     "ModelPackageError",
     "ModelSettings",
+    "chain_models",
     "find_models",
     "ingest_model",
     "list_models",
@@ -267,7 +268,7 @@ class ModelPackage:
         ----------
         path
             Path or URI, such as
-            ``eups://meas_deeplearn/models/deeplens_gri.safetensors``.
+            ``eups://meas_deeplearn/models/deeplens_gri_1.safetensors``.
 
         Raises
         ------
@@ -458,6 +459,33 @@ def ingest_model(
         DatasetType(dataset_type, (), MODEL_STORAGE_CLASS, universe=butler.dimensions)
     )
     return butler.put(package.to_arrow(), dataset_type, run=run)
+
+
+def chain_models(butler: Butler, chain: str, runs: Sequence[str]) -> None:
+    """Make a CHAINED collection of models, which are an ensemble then.
+
+    Parameters
+    ----------
+    butler
+        A writeable butler.
+    chain
+        Name of the collection; a chain that exists already is replaced.
+    runs
+        RUN collections of the models.
+
+    Raises
+    ------
+    ModelPackageError
+        Raised if there is a collection of this name that is no chain.
+    """
+    from lsst.daf.butler import CollectionType
+    from lsst.daf.butler.registry import CollectionTypeError
+
+    try:
+        butler.collections.register(chain, CollectionType.CHAINED)
+        butler.collections.redefine_chain(chain, runs)
+    except CollectionTypeError as err:
+        raise ModelPackageError(f"{chain} is no chain but another collection; name another one.") from err
 
 
 def list_models(butler: Butler, collections: str = "*") -> Table:
