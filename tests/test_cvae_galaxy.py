@@ -46,6 +46,11 @@ from lsst.meas.deeplearn.tests import make_test_galaxy_model, make_test_model
 
 PIXEL_SCALE = 0.06
 
+ROOT = Path(__file__).parents[1]
+
+SHIPPED = ROOT / "models" / "cvae_synthetic.safetensors"
+"""The weights of the package."""
+
 
 @pytest.fixture
 def model_file(tmp_path: Path) -> str:
@@ -417,3 +422,30 @@ def test_model_is_known_by_its_content(model_file: str, tmp_path: Path) -> None:
     changed.write(other)
     assert CvaeModel(model_file).digest != CvaeModel(str(other)).digest
     assert CvaeModel(model_file) == CvaeModel(model_file)
+
+
+@pytest.mark.skipif(not SHIPPED.exists(), reason="needs the shipped weights")
+def test_documented_file(tmp_path: Path) -> None:
+    """The YAML file of the documentation draws galaxies that ship."""
+    config = yaml.safe_load((ROOT / "doc" / "examples" / "galaxies.yaml").read_text())
+    config["image"] |= {"nx_tiles": 3, "ny_tiles": 2}
+    config["output"]["dir"] = str(tmp_path)
+    image = run_config_file(config)
+    assert image.shape == (80, 120)
+    peaks = image.reshape(2, 40, 3, 40).max(axis=(1, 3))
+    assert (peaks > 20).all()
+    config["image"]["nproc"] = 2
+    np.testing.assert_array_equal(run_config_file(config), image)
+
+
+@pytest.mark.skipif(not SHIPPED.exists(), reason="needs the shipped weights")
+def test_shipped_galaxies_have_the_radius_asked_for() -> None:
+    """Half of the light is inside the radius, and nothing is negative."""
+    model = CvaeModel(str(SHIPPED), "clip")
+    ratios = []
+    for seed in range(24):
+        galaxy = model.make_galaxy(0.4, 23.0, 0.8, seed=seed, flux=1.0)
+        image = galaxy.drawImage(nx=129, ny=129, scale=0.06, method="no_pixel")
+        assert image.array.min() > -2e-3 * image.array.max()
+        ratios.append(image.calculateHLR(flux=1.0) / np.hypot(0.4, 0.065))
+    assert np.median(ratios) == pytest.approx(1, abs=0.07)

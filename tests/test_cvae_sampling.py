@@ -35,7 +35,14 @@ import torch
 import lsst.meas.deeplearn.galaxies.cvae_sampling as cvae_sampling
 from lsst.meas.deeplearn.galaxies.conditions import ConditionError, ConditionSpace
 from lsst.meas.deeplearn.galaxies.cosmos import GalaxySet
-from lsst.meas.deeplearn.galaxies.cvae_sampling import CvaeSampler, augment, make_batch, train_cvae
+from lsst.meas.deeplearn.galaxies.cvae import Cvae
+from lsst.meas.deeplearn.galaxies.cvae_sampling import (
+    CvaeSampler,
+    augment,
+    fit_prior,
+    make_batch,
+    train_cvae,
+)
 from lsst.meas.deeplearn.galaxies.fourier import compute_transform, draw_transform, invert_transform
 from lsst.meas.deeplearn.galaxies.synthetic import make_synthetic_set
 from lsst.meas.deeplearn.model_package import ModelPackage, ModelPackageError
@@ -224,6 +231,19 @@ def test_scores_of_images(package: ModelPackage, galaxies: GalaxySet) -> None:
     assert sampler.score(
         galaxies.image[:0], **{k: v if k == "noise_power" else v[:0] for k, v in inputs.items()}
     )[0].shape == (0, 3)
+
+
+def test_prior_is_fitted_to_the_encoder(package: ModelPackage, galaxies: GalaxySet) -> None:
+    """Latent means get more likely, and nothing but the prior changes."""
+    network = package.make_network()
+    assert isinstance(network, Cvae)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    data = make_batch(galaxies, network.condition_space, min_noise=1e-4)
+    psf = torch.from_numpy(galaxies.psf)
+    first, last = (fit_prior(network, data, psf=psf, steps=steps) for steps in (1, 100))
+    assert last > first
+    for key, value in network.state_dict().items():
+        assert key.startswith("prior.") or torch.equal(value, before[key])
 
 
 @pytest.mark.slow

@@ -78,6 +78,7 @@ SMALL: dict[str, Any] = {
     "textureSize": 16,
     "textureStart": 2,
     "flowLayers": 1,
+    "priorSteps": 5,
     "epochs": 1,
     "batchSize": 16,
     "maxMagnitude": 23.5,

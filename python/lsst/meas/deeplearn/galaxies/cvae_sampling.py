@@ -204,6 +204,7 @@ def train_cvae(
     settings: TrainingSettings,
     network: Mapping[str, Any] | None = None,
     start: ModelPackage | None = None,
+    prior_steps: int = 0,
     kl_weight: float = 1.0,
     warm_up: int = 4000,
     flux_scatter: float = 0.1,
@@ -229,6 +230,8 @@ def train_cvae(
         Model to go on from, whose settings are kept: conditions are scaled as
         by it, and its hull is that of the galaxies it has been trained on
         first.
+    prior_steps
+        Number of steps of `fit_prior` in the end.
     kl_weight
         Factor on the KL divergence in the loss; 1 is the evidence lower
         bound.
@@ -287,6 +290,13 @@ def train_cvae(
         accelerator=accelerator,
     )
     best = result.history[result.best_epoch - 1]
+    weights = result.weights
+    if prior_steps:
+        trained = make_network()
+        trained.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
+        batch = make_batch(galaxies, space, min_noise=min_noise)
+        fit_prior(trained.eval(), batch, psf=banks[0], steps=prior_steps, seed=settings.seed)
+        weights = {key: value.numpy() for key, value in trained.state_dict().items()}
     return ModelPackage(
         name=name,
         version=version,
@@ -298,10 +308,11 @@ def train_cvae(
             stamp_size=galaxies.size + 1,
             network=settings_of_network,
         ),
-        weights=result.weights,
+        weights=weights,
         record={
             "recipe": dataclasses.asdict(settings)
-            | {"kl_weight": kl_weight, "flux_scatter": flux_scatter, "min_noise": min_noise},
+            | {"kl_weight": kl_weight, "flux_scatter": flux_scatter, "min_noise": min_noise}
+            | {"warm_up": warm_up, "prior_steps": prior_steps},
             "training_set": {"n_train": len(galaxies), "n_validation": len(validation), **(record or {})},
             "history": result.history,
             "best_epoch": result.best_epoch,

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .comparison import Sample
 
 TITLES: Mapping[str, str] = {
-    "real": "Real",
+    "real": "Held out",
     "cvae": "CVAE",
     "parametric": "Parametric",
     "knots": "Parametric + knots",
@@ -137,7 +137,7 @@ def plot_statistics(tables: Mapping[str, Table], distances: Table) -> Figure:
             ax.plot(values, share, color=COLORS.get(name), lw=1.2, label=label)
         ax.set_xlim(low, high)
         ax.set_xlabel(statistic.replace("_", " "))
-        ax.legend(fontsize=6, title="KS distance from real", title_fontsize=6, loc="lower right")
+        ax.legend(fontsize=6, title="KS distance from held out", title_fontsize=6, loc="lower right")
     for ax in axes[::3]:
         ax.set_ylabel("Fraction of galaxies below")
     figure.tight_layout()

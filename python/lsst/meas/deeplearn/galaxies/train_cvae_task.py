@@ -188,6 +188,13 @@ class TrainCvaeConfig(PipelineTaskConfig, pipelineConnections=TrainCvaeConnectio
     klWeight = RangeField(
         dtype=float, doc="Factor on the KL divergence; 1 is the evidence lower bound.", default=1.0, min=0.0
     )
+    textureScale = RangeField(
+        dtype=float,
+        doc="Standard deviation with which the latent variables of the texture are drawn for new galaxies; 1 "
+        "is the prior, and more makes up for what the encoder does not see.",
+        default=1.2,
+        min=0.0,
+    )
     textureStart = RangeField(
         dtype=int,
         doc="Number of steps before there is any texture, so that bulge and disk do what they can.",
@@ -199,6 +206,12 @@ class TrainCvaeConfig(PipelineTaskConfig, pipelineConnections=TrainCvaeConnectio
         doc="Number of steps in which the KL divergence of the texture gets its weight; it has a tenth of it "
         "at first.",
         default=4000,
+        min=0,
+    )
+    priorSteps = RangeField(
+        dtype=int,
+        doc="Number of steps in the end in which only the prior of the shape is fitted.",
+        default=5000,
         min=0,
     )
     fluxScatter = RangeField(
@@ -334,12 +347,14 @@ class TrainCvaeTask(PipelineTask):
                     "texture_size": config.textureSize,
                     "texture_latents": config.textureLatents,
                     "texture_start": config.textureStart,
+                    "texture_scale": config.textureScale,
                     "flow_layers": config.flowLayers,
                     "output_fwhm": config.outputFwhm,
                 },
                 start=start,
                 kl_weight=config.klWeight,
                 warm_up=config.warmUp,
+                prior_steps=config.priorSteps,
                 flux_scatter=config.fluxScatter,
                 min_noise=config.minNoise,
                 checkpoint=Path(config.checkpoint) if config.checkpoint else None,
