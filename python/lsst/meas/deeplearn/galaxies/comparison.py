@@ -354,8 +354,9 @@ def compute_isotropy(table: Table) -> Table:
     Returns
     -------
     isotropy
-        Means of e1, e2, and of |e| times cosine and sine of four times the
-        position angle, which a memory of the pixels would leave; with errors.
+        Means of e1, e2, and of the modulus of e times cosine and sine of four
+        times the position angle, which a memory of the pixels would leave;
+        with errors.
     """
     e1, e2 = (np.asarray(table[name]) for name in ("e1", "e2"))
     good = np.isfinite(e1 + e2)
