@@ -70,7 +70,7 @@ def test_ingest_and_list_models(repository: Path, tmp_path: Path) -> None:
 
 
 def test_export_models(repository: Path, tmp_path: Path) -> None:
-    """Models of a run come out as the files that went in; two of one name are
+    """Models come out as the files that went in; two of one name are
     refused.
     """
     path = tmp_path / "model.safetensors"
@@ -84,6 +84,12 @@ def test_export_models(repository: Path, tmp_path: Path) -> None:
     both = run("export-deeplearn-models", repository, folder, "--collections", "models/*")
     assert both.exit_code == 1
     assert "name one run of each" in both.output
+    # Members that were trained together have datasets of other names.
+    name = ["--run", "trained", "--dataset-type", "deeplens_model_1"]
+    assert run("ingest-deeplearn-model", repository, path, *name).exit_code == 0
+    (folder / "test.safetensors").unlink()
+    run("export-deeplearn-models", repository, folder, "--collections", "trained")
+    assert (folder / "test.safetensors").read_bytes() == path.read_bytes()
     none = run("export-deeplearn-models", repository, folder, "--collections", "nothing*")
     assert "no model packages in nothing*" in none.output
 

@@ -189,7 +189,9 @@ def test_out_of_memory_halves_the_batch(orientations: int, caplog: pytest.LogCap
     np.testing.assert_array_equal(outputs, predict(_Probe(), inputs, config))
     sizes = [n for n in probe.batches if n > probe.largest]
     assert sizes == [CPU_BATCH, CPU_BATCH // 2]
-    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    # Another test may have let informative messages through.
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2
     assert f"going on with batches of {probe.largest}" in caplog.text
 
 

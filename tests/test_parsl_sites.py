@@ -102,8 +102,11 @@ def test_tasks_and_clusters_are_routed(names: str, caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             assert site.select_executor(make_job("scorePatches", lensFinder=25)) == "gpu"
-    assert site.select_executor(make_job("rankLensCandidates")) == "cpu"
-    assert caplog.messages == ["Jobs of scorePatches run on executor gpu."]
+        assert site.select_executor(make_job("rankLensCandidates")) == "cpu"
+    assert caplog.messages == [
+        "Jobs of scorePatches run on executor gpu.",
+        "Jobs of rankLensCandidates run on executor cpu.",
+    ]
 
 
 @pytest.mark.parametrize("command", ["exec {}", "trap : EXIT; {}; true"], ids=["same", "child"])

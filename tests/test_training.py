@@ -273,6 +273,13 @@ def test_bfloat16_trains() -> None:
 class TestImageAugmentation:
     """Tests of the random changes of stamps."""
 
+    def test_no_stamp_is_warped(self) -> None:
+        """A batch of which no stamp is chosen stays as it is."""
+        images = torch.randn(2, 3, 9, 9)
+        change = ImageAugmentation(size=9, zoom=(0.9, 1.1), max_rotation=90, warp_fraction=1e-9)
+        out = change._warp(images, torch.Generator().manual_seed(1))
+        assert torch.equal(out, images)
+
     def test_no_generator_crops_only(self) -> None:
         """For validation stamps are cropped about their centre."""
         images = torch.randn(4, 2, 11, 11)

@@ -506,7 +506,7 @@ def list_models(butler: Butler, collections: str = "*") -> Table:
         ``stamp_size`` and ``performance`` (as measured in training).
     """
     rows = []
-    for dataset_type in butler.registry.queryDatasetTypes("*_model"):
+    for dataset_type in butler.registry.queryDatasetTypes(["*_model", "*_model_[0-9]*"]):
         if dataset_type.storageClass_name != MODEL_STORAGE_CLASS or dataset_type.dimensions:
             continue
         found = butler.query_datasets(

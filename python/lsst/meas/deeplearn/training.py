@@ -620,6 +620,9 @@ class ImageAugmentation:
         matrix[:, 0, 0] = matrix[:, 1, 1] = torch.cos(angle) / factor
         matrix[:, 1, 0] = torch.sin(angle) / factor
         matrix[:, 0, 1] = -matrix[:, 1, 0]
+        if not chosen.any():
+            # affine_grid refuses an empty batch.
+            return images
         matrix, warped = matrix[chosen], images.clone()
         grid = functional.affine_grid(matrix, [len(matrix), *images.shape[1:]], align_corners=False)
         warped[chosen] = functional.grid_sample(
