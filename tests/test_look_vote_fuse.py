@@ -178,6 +178,18 @@ def write_votes(folder: Path) -> None:
             )
 
 
+def test_first_commands(repo: Path, capsys: pytest.CaptureFixture) -> None:
+    """The first page of the documentation finds what the demo wrote."""
+    text = (Path(__file__).resolve().parents[1] / "doc" / "getting-started.rst").read_text()
+    query = re.search(r"^   (butler query-datasets demo/repo .*)$", text, flags=re.MULTILINE)
+    source = re.search(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text)
+    assert query is not None
+    assert source is not None
+    assert "lens_candidates_ranked" in run(*shlex.split(query[1].replace("demo/repo", str(repo))))
+    exec(textwrap.dedent(source[1]).replace("demo/repo", str(repo)), {})
+    assert "ringfinder_snr" in capsys.readouterr().out
+
+
 def test_documented_commands(
     repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
