@@ -181,7 +181,15 @@ class _Engine(Protocol):
     """A network made ready for a device and a precision."""
 
     def run(self, inputs: np.ndarray, orientations: int) -> np.ndarray:
-        """Return the mean output of each stamp, shape ``(N,)``."""
+        """Return the mean output of each stamp, shape ``(N,)``.
+
+        Parameters
+        ----------
+        inputs
+            Preprocessed stamps, shape ``(N, bands, y, x)``.
+        orientations
+            Number of flips and rotations, 1 or 8.
+        """
 
 
 _failed_devices: set[str] = set()

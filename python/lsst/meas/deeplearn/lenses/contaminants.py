@@ -289,7 +289,15 @@ class _Profile:
         self.__dict__.update(parameters)
 
     def get(self, part: slice, like: Tensor) -> dict[str, Tensor]:
-        """Return the parameters of some objects, each of shape (N, 1, 1)."""
+        """Return the parameters of some objects, each of shape (N, 1, 1).
+
+        Parameters
+        ----------
+        part
+            Which objects.
+        like
+            Tensor of the wanted type and device.
+        """
         return {
             name: to_tensor(values[part], like) for name, values in self.__dict__.items() if values.ndim == 1
         }
@@ -328,7 +336,19 @@ class _Sersic(_Profile):
         radius: tuple[float, float],
         index: tuple[float, float],
     ) -> _Sersic:
-        """Draw galaxies at random, uniformly within ranges."""
+        """Draw galaxies at random, uniformly within ranges.
+
+        Parameters
+        ----------
+        n
+            Number of galaxies.
+        rng
+            Generator of random numbers.
+        distance, radius
+            Distance from the centre and half-light radius in arcsec.
+        index
+            Sersic index.
+        """
         phi, r = rng.uniform(0, 2 * np.pi, n), rng.uniform(*distance, n)
         return cls(
             x=r * np.cos(phi),
@@ -356,12 +376,28 @@ class _Disc(_Profile):
         return torch.hypot(u, v) / p["scale"], torch.atan2(v, u)
 
     def compute_smooth(self, x: Tensor, y: Tensor, part: slice) -> Tensor:
-        """Return the light of the disc."""
+        """Return the light of the disc.
+
+        Parameters
+        ----------
+        x, y
+            Positions in arcsec, shape ``(N, y, x)``.
+        part
+            Which objects.
+        """
         radius, _ = self._make_polar(x, y, self.get(part, x))
         return _normalize(torch.exp(-radius), x)
 
     def compute_arms(self, x: Tensor, y: Tensor, part: slice) -> Tensor:
-        """Return the light of the arms."""
+        """Return the light of the arms.
+
+        Parameters
+        ----------
+        x, y
+            Positions in arcsec, shape ``(N, y, x)``.
+        part
+            Which objects.
+        """
         p = self.get(part, x)
         radius, phi = self._make_polar(x, y, p)
         log_radius = torch.log(radius.clamp(min=0.05))

@@ -636,7 +636,17 @@ class _Sources:
         source_images: Table | None,
         rng: np.random.Generator,
     ) -> _Sources:
-        """Check what the user gives."""
+        """Check what the user gives.
+
+        Parameters
+        ----------
+        config
+            Configuration of the task.
+        lens_population, source_images
+            Tables of the user, if there are any.
+        rng
+            Generator of random numbers.
+        """
         from .lens_population import complete_lens_population
         from .source_images import SourceImages
 
@@ -661,7 +671,17 @@ class _Sources:
         return cls(config, catalog, images)
 
     def draw(self, n: int, split: str, rng: np.random.Generator) -> Table:
-        """Return lenses with sources that are in no other split."""
+        """Return lenses with sources that are in no other split.
+
+        Parameters
+        ----------
+        n
+            Number of lenses.
+        split
+            Split of the sources.
+        rng
+            Generator of random numbers.
+        """
         from .lens_population import assign_source_images, sample_lens_population
 
         if self.catalog is None:

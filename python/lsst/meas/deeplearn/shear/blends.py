@@ -181,7 +181,7 @@ class MetaDetection:
         middle = smooth.shape[0] // 2
 
         def distance(pixel: np.ndarray, shift: np.ndarray) -> np.ndarray:
-            """Return the distance from the nearer border in pixels."""
+            # From the nearer border, in pixels.
             return middle - np.abs(pixel - middle + shift)
 
         return Detections(

@@ -115,7 +115,7 @@ def compute_mean_shear(sums: ShearSums) -> MeanShear:
     n = len(values)
 
     def compute(total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return shear and response of sums ``(5, 4)``."""
+        # Shear and response of sums, (5, 4).
         mean = total[:, :2] / total[:, 2:3]
         response = np.stack([mean[1] - mean[2], mean[3] - mean[4]], axis=1) / (2 * sums.step)
         return np.linalg.solve(response, mean[0]), response

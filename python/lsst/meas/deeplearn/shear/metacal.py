@@ -572,7 +572,7 @@ class Metacalibration:
         known = [matrices @ start for matrices in (self._shears, self._shears[_OPPOSITE])]  # (5, 2, N)
 
         def evaluate(x: Tensor, y: Tensor) -> Tensor:
-            """Return derivatives at points of each version, ``(6, 5, N)``."""
+            # (6, 5, N)
             parts = [
                 _expand(part, x - point[:, 0], y - point[:, 1])
                 for part, point in zip(near, known, strict=False)
@@ -665,7 +665,7 @@ def _make_completion() -> np.ndarray:
     scale = np.outer(factorial, factorial)
 
     def make_gaussian(sign: float) -> np.ndarray:
-        """Return the Taylor series of a Gaussian or its inverse."""
+        # The Taylor series of a Gaussian, or of its inverse.
         even = np.arange(0, side, 2)
         series = np.zeros(side)
         series[even] = (sign / (2 * _TYPICAL_VARIANCE)) ** (even // 2) / factorial[even // 2]

@@ -93,7 +93,13 @@ _SAMPLE = ("morphology", "estimator", "bin", "bin_quantity", "bin_low", "bin_hig
 
 
 class ShearBiasConnections(PipelineTaskConnections, dimensions=("skymap", "tract")):
-    """Datasets that `ShearBiasTask` reads and writes."""
+    """Datasets that `ShearBiasTask` reads and writes.
+
+    Parameters
+    ----------
+    config
+        Configuration of the task.
+    """
 
     sums = cT.Input(
         doc="Sums over simulated galaxies of a patch.",

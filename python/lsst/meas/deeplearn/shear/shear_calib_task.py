@@ -76,7 +76,13 @@ class ShearCalibError(AlgorithmError):
 
 
 class ShearCalibConnections(CoaddConnections, dimensions=PATCH_DIMENSIONS):
-    """Datasets that `ShearCalibTask` reads and writes."""
+    """Datasets that `ShearCalibTask` reads and writes.
+
+    Parameters
+    ----------
+    config
+        Configuration of the task.
+    """
 
     model = cT.PrerequisiteInput(
         doc="Model package of the galaxies of morphology 'cvae'.",

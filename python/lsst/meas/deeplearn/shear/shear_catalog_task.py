@@ -74,7 +74,13 @@ RESPONSE_COLUMNS: Mapping[str, tuple[str, str]] = {
 
 
 class ShearCatalogConnections(PipelineTaskConnections, dimensions=("skymap", "tract")):
-    """Datasets that `ShearCatalogTask` reads and writes."""
+    """Datasets that `ShearCatalogTask` reads and writes.
+
+    Parameters
+    ----------
+    config
+        Configuration of the task.
+    """
 
     catalogs = cT.Input(
         doc="Shear catalogues with a row for each object and artificial shear.",

@@ -384,5 +384,15 @@ def draw_normal(galaxies: GalaxySample, shape: Sequence[int]) -> np.ndarray:
 
 
 def make_rng(stream: Stream, seed: int, number: int) -> np.random.Generator:
-    """Return the random numbers of one galaxy for one purpose."""
+    """Return the random numbers of one galaxy for one purpose.
+
+    Parameters
+    ----------
+    stream
+        Purpose.
+    seed
+        Seed of the simulation.
+    number
+        Number of the galaxy.
+    """
     return np.random.default_rng([int(stream), int(seed), int(number)])
