@@ -405,9 +405,26 @@ def test_wrong_psf_is_seen() -> None:
     assert bias.values["m1"] > 0.02
 
 
+def check_small(bias: ShearBias) -> None:
+    """Check that m and c are small, and known well enough to say so."""
+    for i in "12":
+        assert bias.errors[f"m{i}"] < 1.5e-3
+        assert abs(bias.values[f"m{i}"]) < max(2e-3, 3 * bias.errors[f"m{i}"])
+        assert abs(bias.values[f"c{i}"]) < max(1e-4, 3 * bias.errors[f"c{i}"])
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(reason="Objects of a signal to noise near 3 make the error of m 3e-3.")
+def test_noise_without_cut() -> None:
+    """With the noise of a year m stays below 2e-3 without a cut, too."""
+    galaxies = GalaxySample.draw(np.arange(1500), seed=21, magnitude=(20.0, 25.2))
+    scene, arms = Scene(PSF, SCALE, noise_sigma=4.0), make_arms((0.02,))
+    check_small(fit(make_sums(galaxies, scene, arms, bins=ALL, n_blocks=50, n_realizations=400), "all"))
+
+
 @pytest.mark.slow
 def test_noise_and_selection() -> None:
-    """With the noise of a year m stays below 2e-3, also with a cut, thanks to
+    """With the noise of a year and a cut m stays below 2e-3, thanks to
     the noise correction and the response of the selection; without either,
     the bias is seen at 5 sigma.
     """
@@ -418,13 +435,7 @@ def test_noise_and_selection() -> None:
         make_sums(galaxies, scene, arms, bins=bins, n_blocks=50, n_realizations=400, fixnoise=fixnoise)
         for fixnoise in (True, False)
     )
-    for label, limit in (("all", 5e-3), ("cut", 1.5e-3)):
-        bias = fit(sums, label)
-        for i in "12":
-            # A few objects of a signal to noise near 3 make most of the first.
-            assert bias.errors[f"m{i}"] < limit
-            assert abs(bias.values[f"m{i}"]) < max(2e-3, 3 * bias.errors[f"m{i}"])
-            assert abs(bias.values[f"c{i}"]) < max(1e-4, 3 * bias.errors[f"c{i}"])
+    check_small(fit(sums, "cut"))
     # Faults are injected, and must show.
     for faulty, reference in (
         (sums["metacal", "wrong"], sums["metacal", "cut"]),
