@@ -30,6 +30,7 @@ import numpy as np
 import pytest
 import torch
 from astropy.table import Table
+from scipy.stats import ks_2samp, kstest
 
 from lsst.meas.deeplearn.cutouts import Cutouts
 from lsst.meas.deeplearn.lenses.lens_equation import (
@@ -135,9 +136,12 @@ class TestPopulation:
         assert not (first["einstein_radius"] == other["einstein_radius"]).any()
         assert len(np.unique(np.concatenate([first["source_id"], other["source_id"]]))) == 100
 
-    def test_limits_hold(self) -> None:
+    @pytest.mark.parametrize("uniform", [False, True])
+    def test_limits_hold(self, uniform: bool) -> None:
         """Einstein radii are within limits, and follow from the rest."""
-        table = sample_lens_population(500, seed=1, min_einstein_radius=1.0, max_einstein_radius=1.5)
+        table = sample_lens_population(
+            500, seed=1, min_einstein_radius=1.0, max_einstein_radius=1.5, uniform_radius=uniform
+        )
         assert table["einstein_radius"].min() > 1.0
         assert table["einstein_radius"].max() < 1.5
         expected = compute_einstein_radius(
@@ -146,6 +150,18 @@ class TestPopulation:
             source_redshift=table["source_redshift"].data,
         )
         np.testing.assert_allclose(table["einstein_radius"], expected)
+
+    def test_uniform_radii(self) -> None:
+        """The logarithms of radii are uniform if asked for, on lens galaxies
+        that do not know of them.
+        """
+        table = sample_lens_population(
+            4000, seed=2, min_einstein_radius=0.8, max_einstein_radius=4.0, uniform_radius=True
+        )
+        position = np.log(table["einstein_radius"].data / 0.8) / np.log(4.0 / 0.8)
+        assert kstest(position, "uniform").pvalue > 0.01
+        magnitude = table["lens_mag_i"].data
+        assert ks_2samp(magnitude[position < 0.3], magnitude[position > 0.7]).pvalue > 0.01
 
     def test_sources_are_multiply_imaged(self) -> None:
         """Every source is inside the caustic or the cut."""

@@ -280,6 +280,36 @@ def test_killed_training_goes_on(examples: Table, model: ModelPackage, tmp_path:
     assert TrainLensFinderTask(config=config).run([examples]).model.digest == model.digest
 
 
+def test_fine_tuning_starts_from_a_model(model: ModelPackage, examples: Table, tmp_path: Path) -> None:
+    """With a tiny rate the weights stay those of the initial model, and the
+    record says where they came from.
+    """
+    model.write(tmp_path / "model.safetensors")
+    config = make_training_config(initialModel=str(tmp_path / "model.safetensors"), learningRate=1e-9)
+    tuned = TrainLensFinderTask(config=config).run([examples]).model
+    np.testing.assert_allclose(tuned.weights["dense.weight"], model.weights["dense.weight"], atol=1e-3)
+    assert tuned.record["initial_model"]["version"] == model.version
+    assert tuned.record["initial_model"]["training_set"] == model.record["training_set"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stampSize": 19}, "stamp_size: 21 instead of 19"),
+        ({"network": {"width": 0.5, "blocks": 1}}, "network: .*0.25.* instead of .*0.5"),
+        ({"initialModel": "nowhere.safetensors"}, "cannot be read"),
+    ],
+)
+def test_other_initial_model_is_refused(
+    values: dict[str, Any], message: str, model: ModelPackage, examples: Table, tmp_path: Path
+) -> None:
+    """A model that is not what is trained, or none, stops the training."""
+    model.write(tmp_path / "model.safetensors")
+    config = make_training_config(**({"initialModel": str(tmp_path / "model.safetensors")} | values))
+    with pytest.raises(TrainingSetError, match=message):
+        TrainLensFinderTask(config=config).run([examples])
+
+
 def test_shuffled_labels_teach_nothing(examples: Table) -> None:
     """Labels without meaning give an AUROC of one half, within its error."""
     rng = np.random.default_rng(8)

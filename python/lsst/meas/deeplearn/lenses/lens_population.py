@@ -133,6 +133,7 @@ def sample_lens_population(
     bands: Sequence[str] = ("g", "r", "i", "z"),
     min_einstein_radius: float = 0.5,
     max_einstein_radius: float = 3.0,
+    uniform_radius: bool = False,
     min_magnification: float = 3.0,
     shear_scale: float = 0.05,
 ) -> Table:
@@ -148,6 +149,11 @@ def sample_lens_population(
         Bands of the magnitudes, of g, r, i, z and y.
     min_einstein_radius, max_einstein_radius
         Limits in arcsec.
+    uniform_radius
+        Whether the logarithm of the Einstein radius is uniform within the
+        limits, instead of the prior, which has one in 20 above 2 arcsec.  The
+        lens galaxies are those of the prior, as if groups of galaxies around
+        them had the other mass.
     min_magnification
         Where a source that is only doubly imaged may be: where a round lens
         magnifies a point more than this.  With 2 it is anywhere within the
@@ -217,6 +223,10 @@ def sample_lens_population(
     log_sigma = np.log(sigma / 250.0)
     lens_i = np.interp(z_l, _LENS_MAGNITUDE["redshift"], _LENS_MAGNITUDE["i"]) - 4.92 * log_sigma
     lens_i = lens_i + COSMOLOGY.distmod(z_l).value + rng.normal(0, 0.14, n)
+    if uniform_radius:
+        radius = np.exp(rng.uniform(np.log(min_einstein_radius), np.log(max_einstein_radius), n))
+        sigma = sigma * np.sqrt(radius / lenses["einstein_radius"])
+        lenses["einstein_radius"] = radius
     log_radius = np.log(lenses["einstein_radius"])
     source_i = 25.96 - 1.20 * log_radius + 0.15 * log_radius**2
     source_i = np.minimum(source_i + rng.normal(0, 1.04, n), 28.0)

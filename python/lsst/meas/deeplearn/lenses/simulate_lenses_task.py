@@ -210,6 +210,11 @@ class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnec
     maxEinsteinRadius = RangeField(
         dtype=float, doc="Largest Einstein radius in arcsec.", default=3.0, min=0.2
     )
+    uniformEinsteinRadius = Field[bool](
+        doc="Draw the logarithm of the Einstein radius uniformly within the limits, not from the prior? "
+        "For training: one lens of the prior in 20 is wider than 2 arcsec, too few to learn from.",
+        default=False,
+    )
     minArcSnr = RangeField(
         dtype=float,
         doc="Smallest signal to noise of the arcs in the best band, as LensPop defines it.",
@@ -691,6 +696,7 @@ class _Sources:
                 bands=self.config.bands,
                 min_einstein_radius=self.config.minEinsteinRadius,
                 max_einstein_radius=self.config.maxEinsteinRadius,
+                uniform_radius=self.config.uniformEinsteinRadius,
             )
         else:
             rows = np.flatnonzero(self._is_in(np.asarray(self.catalog["source_id"]), split))

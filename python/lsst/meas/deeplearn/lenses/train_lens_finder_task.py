@@ -63,7 +63,7 @@ from .. import __version__
 from ..inference import InferenceConfig, torch_threads
 from ..inference import predict as predict_with_config
 from ..metrics import compute_auroc
-from ..model_package import ARCHITECTURES, MODEL_STORAGE_CLASS, ModelPackage, ModelSettings
+from ..model_package import ARCHITECTURES, MODEL_STORAGE_CLASS, ModelPackage, ModelPackageError, ModelSettings
 from ..preprocessing import Preprocessing
 from .calibration import compute_brier_score, compute_calibration_error
 from .completeness import describe_scores
@@ -217,6 +217,11 @@ class TrainLensFinderConfig(PipelineTaskConfig, pipelineConnections=TrainLensFin
     )
 
     # Training; see lsst.meas.deeplearn.training.TrainingSettings.
+    initialModel = Field[str](
+        doc="File of a model package whose weights the training starts from (fine-tuning), of the same "
+        "network, bands, pixels and scaling.  Random weights if empty.",
+        default="",
+    )
     epochs = RangeField(dtype=int, doc="Number of passes over the examples.", default=120, min=1)
     batchSize = RangeField(dtype=int, doc="Number of stamps in a step.", default=128, min=2)
     learningRate = RangeField(dtype=float, doc="Largest learning rate.", default=1e-3, min=0.0)
@@ -330,10 +335,11 @@ class TrainLensFinderTask(PipelineTask):
         ------
         TrainingSetError
             Raised if the examples do not fit the model or each other, if a
-            split lacks lenses or non-lenses, or if there are fewer than a
-            batch.
+            split lacks lenses or non-lenses, if there are fewer than a batch,
+            or if the initial model cannot be read or is another one.
         """
         settings = self._make_model_settings()
+        initial = self._read_initial_model(settings)
         data = TrainingSet.from_tables(examples, settings, self.config.augmentation.maxShift)
         if (n := int((data.split == "train").sum())) < self.config.batchSize:
             raise TrainingSetError(
@@ -342,13 +348,21 @@ class TrainLensFinderTask(PipelineTask):
             )
         self.log.info("The training set has %s.", data.describe()["counts"])
         with torch_threads(num_cores):
-            result = self._train(data, settings)
+            result = self._train(data, settings, initial)
         record = {
             "training_set": data.describe(),
             "recipe": self._describe_recipe(),
             "history": result.history,
             "code": {"meas_deeplearn": __version__, **_get_versions()},
         }
+        if initial is not None:
+            record["initial_model"] = {
+                "name": initial.name,
+                "version": initial.version,
+                "training_set": initial.record.get("training_set"),
+                "recipe": initial.record.get("recipe"),
+                "initial_model": initial.record.get("initial_model"),
+            }
         if self.config.date:
             record["date"] = self.config.date
         packages = [
@@ -386,7 +400,29 @@ class TrainLensFinderTask(PipelineTask):
             network=network,
         )
 
-    def _train(self, data: TrainingSet, settings: ModelSettings) -> TrainingResult:
+    def _read_initial_model(self, settings: ModelSettings) -> ModelPackage | None:
+        """Return the model that the training starts from, if there is one."""
+        path = self.config.initialModel
+        if not path:
+            return None
+        try:
+            initial = ModelPackage.read(path)
+        except (OSError, ModelPackageError) as err:
+            raise TrainingSetError(f"The initial model cannot be read: {err}") from err
+        wanted = {"architecture": self.config.architecture, **dataclasses.asdict(settings)}
+        found = {"architecture": initial.architecture, **dataclasses.asdict(initial.settings)}
+        if other := [
+            f"{key}: {found[key]} instead of {wanted[key]}" for key in wanted if found[key] != wanted[key]
+        ]:
+            raise TrainingSetError(
+                f"Model {initial.name} {initial.version} is not what is trained here ({'; '.join(other)}).  "
+                "Change the configuration to what the model has, or start from random weights."
+            )
+        return initial
+
+    def _train(
+        self, data: TrainingSet, settings: ModelSettings, initial: ModelPackage | None
+    ) -> TrainingResult:
         """Return the networks of all members, and the history."""
         import torch
         from torch.nn.functional import binary_cross_entropy_with_logits
@@ -436,7 +472,7 @@ class TrainLensFinderTask(PipelineTask):
             for split in ("train", "validation")
         }
         return train(
-            lambda: make_network(self.config.architecture, settings),
+            initial.make_network if initial else lambda: make_network(self.config.architecture, settings),
             batches["train"],
             compute_loss=compute_loss,
             settings=TrainingSettings(**self._make_training_settings()),
