@@ -42,6 +42,7 @@ from lsst.meas.deeplearn.lenses.completeness import compute_completeness_map
 from lsst.meas.deeplearn.lenses.evaluate_lens_finder_task import (
     COLORS,
     ENSEMBLE,
+    REAL,
     EvaluateLensFinderConfig,
     EvaluateLensFinderConnections,
     EvaluateLensFinderTask,
@@ -185,6 +186,17 @@ def test_baselines_see_rings(result: Any) -> None:
     assert fpr <= tpr
     assert 0 <= get_value(result.metrics, "test 1", "tpr_at_ringfinder_fpr") <= 1
     assert get_value(result.metrics, "test 1", "auroc_above_colors") < 0
+
+
+def test_painted_kinds_are_left_out() -> None:
+    """Rates among non-lenses of the coadd alone are those without others."""
+    table = make_examples()
+    config = make_config(realKinds=["host"], doColors=False, doProbe=False, maxRobustness=0, models=[])
+    measured = EvaluateLensFinderTask(config=config).run([table]).metrics
+    alone = table[table["label"] | (table["kind"] == "host")]
+    expected = EvaluateLensFinderTask(config=config).run([alone]).metrics
+    for metric in ("auroc", "tpr_at_fpr_0.01", "precision_at_fpr_0.01"):
+        assert get_value(measured, RING_FINDER, metric, REAL) == get_value(expected, RING_FINDER, metric)
 
 
 def test_kinds_and_cells_add_up(result: Any) -> None:
@@ -458,6 +470,9 @@ def test_other_changes() -> None:
     np.testing.assert_allclose(fainter.image[:, 1], cutouts.image[:, 1] * 10**-0.02, rtol=1e-6)
     np.testing.assert_allclose(fainter.variance[:, 1], NOISE**2 * 10**-0.04, rtol=1e-6)
     np.testing.assert_array_equal(fainter.image[:, 0], cutouts.image[:, 0])
+    shallow = degradation.add_noise(cutouts, 3.0, np.random.default_rng(6))
+    assert (shallow.image - cutouts.image).std() == pytest.approx(NOISE * math.sqrt(8), rel=0.03)
+    np.testing.assert_allclose(shallow.variance, 9 * NOISE**2)
     without = degradation.remove_band(cutouts, 2)
     assert without.bad[:, 2].all()
     assert not without.bad[:, :2].any()

@@ -23,7 +23,7 @@
 
 from __future__ import annotations
 
-__all__ = ("blur", "change_zero_point", "mask_stripe", "remove_band", "shift_centers")
+__all__ = ("add_noise", "blur", "change_zero_point", "mask_stripe", "remove_band", "shift_centers")
 
 import dataclasses
 import math
@@ -64,6 +64,25 @@ def shift_centers(cutouts: Cutouts, largest: int, rng: np.random.Generator) -> C
         variance=cut(cutouts.variance, np.nan),
         bad=cut(cutouts.bad, True),
     )
+
+
+def add_noise(cutouts: Cutouts, factor: float, rng: np.random.Generator) -> Cutouts:
+    """Return stamps of smaller depth.
+
+    Parameters
+    ----------
+    cutouts
+        The stamps.
+    factor
+        Ratio of the new noise and the old, at least 1, in all bands: the
+        square root of the ratio of exposure times.
+    rng
+        Random numbers.
+    """
+    variance = np.where(cutouts.bad, 0.0, cutouts.variance)
+    noise = rng.standard_normal(cutouts.image.shape) * np.sqrt(variance * (factor**2 - 1))
+    image = (cutouts.image + noise).astype(np.float32)
+    return dataclasses.replace(cutouts, image=image, variance=cutouts.variance * factor**2)
 
 
 def blur(cutouts: Cutouts, factor: float, rng: np.random.Generator) -> Cutouts:

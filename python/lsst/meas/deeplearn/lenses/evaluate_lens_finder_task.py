@@ -88,6 +88,9 @@ from .simple_features import classify_colors
 ENSEMBLE, COLORS = "mean of all models", "colour and magnitude"
 """Names of classifiers that are no model package."""
 
+REAL = "others as in the coadd"
+"""Name of the subset whose non-lenses have nothing painted on them."""
+
 
 class EvaluateLensFinderConnections(
     PipelineTaskConnections,
@@ -226,6 +229,11 @@ class EvaluateLensFinderConfig(PipelineTaskConfig, pipelineConnections=EvaluateL
     arcSnrEdges = ListField[float](
         doc="Edges of the cells of the completeness map in the signal to noise of the arcs.",
         default=[10.0, 20.0, 30.0, 50.0, 100.0, 1000.0],
+    )
+    realKinds = ListField[str](
+        doc="Kinds of non-lenses that are as the coadd has them, with nothing painted on them; rates among "
+        "them alone are given too.",
+        default=["host", "galaxy", "blue", "star"],
     )
     doBlankFields = Field[bool](
         doc="Measure false-positive rates on the objects of fields without lenses too, as LensFinderTask "
@@ -424,7 +432,11 @@ class EvaluateLensFinderTask(PipelineTask):
             thresholds[name] = compute_operating_point(
                 values, labels, fpr=self.config.referenceFpr, seed=self.config.seed
             ).threshold
-            self._describe_rates(results, name, values, labels, self._find_clear(test))
+            clear = self._find_clear(test)
+            self._describe_rates(results, name, values, labels, clear)
+            part = labels | np.isin(test["kind"], list(self.config.realKinds))
+            if not labels[part].all():
+                self._describe_rates(results, name, values[part], labels[part], clear[part], others=REAL)
             self._describe_kinds(results, name, values, test, thresholds[name])
             cells = self._map_completeness(values > thresholds[name], test)
             results.add_completeness(name, cells)
