@@ -120,7 +120,8 @@ def shift_kernel(
     Parameters
     ----------
     kernel
-        PSF image centred on a pixel, shape ``(y, x)``, of odd sides.
+        PSF image centred on a pixel, of odd sides, shape ``(y, x)``; or one
+        for each shift, shape ``(N, y, x)``.
     dx, dy
         Shifts in pixels, at most 0.5 in absolute value; numbers, or arrays
         of shape ``(N,)``.
@@ -132,19 +133,33 @@ def shift_kernel(
     shifted
         Shape ``(y, x)``, or ``(N, y, x)`` for arrays of shifts.
     """
-    padded = np.pad(kernel, _LANCZOS) if size is None else _pad_or_crop(kernel, size + 2 * _LANCZOS)
-    n_weights = 2 * _LANCZOS + 1
-    rows = np.lib.stride_tricks.sliding_window_view(padded, n_weights, axis=-1)[..., ::-1]
-    along_x = np.tensordot(_lanczos_weights(dx), rows, axes=(-1, -1))  # ([N,] y + 10, x)
-    columns = np.lib.stride_tricks.sliding_window_view(along_x, n_weights, axis=-2)[..., ::-1]
-    return np.einsum("...yxk,...k->...yx", columns, _lanczos_weights(dy))
+    height, width = kernel.shape[-2:]
+    along_y = _make_shift_matrices(dy, height, size or height)
+    along_x = _make_shift_matrices(dx, width, size or width)
+    return np.asarray(along_y @ kernel @ np.swapaxes(along_x, -1, -2))
 
 
-def _lanczos_weights(shift: np.ndarray | float) -> np.ndarray:
-    """Return the weights of the pixels from -5 to 5, along the last axis."""
+def _make_shift_matrices(shift: np.ndarray | float, old: int, new: int) -> np.ndarray:
+    """Return the weights of old pixels in shifted ones along one axis.
+
+    Parameters
+    ----------
+    shift
+        Shifts in pixels, a number or shape ``(N,)``.
+    old, new
+        Odd numbers of pixels, both with the same central one.
+
+    Returns
+    -------
+    matrices
+        Shape ``([N,] new, old)``.
+    """
     offset = np.arange(-_LANCZOS, _LANCZOS + 1) - np.asarray(shift, dtype=np.float64)[..., None]
     weights = np.where(np.abs(offset) < _LANCZOS, np.sinc(offset) * np.sinc(offset / _LANCZOS), 0.0)
-    return weights / weights.sum(axis=-1, keepdims=True)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    weights = np.concatenate([weights, np.zeros_like(weights[..., :1])], axis=-1)
+    distance = (np.arange(new) - new // 2)[:, None] - (np.arange(old) - old // 2)
+    return weights[..., np.where(np.abs(distance) <= _LANCZOS, distance + _LANCZOS, -1)]
 
 
 class CellPsf:
@@ -242,17 +257,16 @@ class CellPsf:
             PSF centred on a pixel, or `None` where the coadd has no PSF.
         """
         pixel = YX(y=math.floor(y + 0.5), x=math.floor(x + 0.5))
-        kernel = self._get_cell_kernel(pixel)
+        kernel = self._get_cell_kernel(*self._grid.index_of(x=pixel.x, y=pixel.y).as_tuple())
         # The centre of a cell may be the one place without input images.
         return self._try(x=pixel.x, y=pixel.y) if kernel is None else kernel
 
-    def _get_cell_kernel(self, pixel: YX[int]) -> np.ndarray | None:
-        """Return the kernel at the centre of the cell of a pixel."""
-        index = self._grid.index_of(x=pixel.x, y=pixel.y)
-        if (key := index.as_tuple()) not in self._kernels:
-            center = self._grid.bbox_of(index)
-            self._kernels[key] = self._try(x=center.x.center, y=center.y.center)
-        return self._kernels[key]
+    def _get_cell_kernel(self, i: int, j: int) -> np.ndarray | None:
+        """Return the kernel at the centre of a cell."""
+        if (i, j) not in self._kernels:
+            center = self._grid.bbox_of(CellIJ(i=i, j=j))
+            self._kernels[i, j] = self._try(x=center.x.center, y=center.y.center)
+        return self._kernels[i, j]
 
     def compute_stars(self, *, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
         """Return the images of stars at positions.
@@ -269,28 +283,25 @@ class CellPsf:
         stars
             Shape ``(N, size, size)``; NaN where the coadd has no PSF.
         """
-        stars = np.full((len(x), size, size), np.nan)
+        if not len(x):
+            return np.empty((0, size, size))
         column, row = np.floor(x + 0.5).astype(np.int64), np.floor(y + 0.5).astype(np.int64)
         dx, dy = x - column, y - row
-        for members in self._group_by_cell(column, row):
-            kernel = self._get_cell_kernel(YX(y=int(row[members[0]]), x=int(column[members[0]])))
-            if kernel is not None:
-                # All stars of a cell share a kernel, and are shifted together.
-                stars[members] = shift_kernel(kernel, dx=dx[members], dy=dy[members], size=size)
-                continue
-            for k in members:
-                if (kernel := self._try(x=int(column[k]), y=int(row[k]))) is not None:
-                    stars[k] = shift_kernel(kernel, dx=dx[k], dy=dy[k], size=size)
-        return stars
-
-    def _group_by_cell(self, column: np.ndarray, row: np.ndarray) -> list[np.ndarray]:
-        """Return the indices of the pixels of each cell that has any."""
-        if not len(column):
-            return []
         box, cell = self._grid.bbox, self._grid.cell_shape
         cells = np.stack([(row - box.y.start) // cell.y, (column - box.x.start) // cell.x], axis=1)
-        _, number, n_members = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
-        return np.split(np.argsort(number, kind="stable"), np.cumsum(n_members)[:-1])
+        unique, number = np.unique(cells, axis=0, return_inverse=True)
+        kernels = [self._get_cell_kernel(i, j) for i, j in unique.tolist()]
+        side = max((n for kernel in kernels if kernel is not None for n in kernel.shape), default=1)
+        stack = np.full((len(kernels), side, side), np.nan)
+        for k, kernel in enumerate(kernels):
+            if kernel is not None:
+                stack[k] = _pad_or_crop(kernel, side)
+        stars = shift_kernel(stack[number], dx=dx, dy=dy, size=size)
+        # The centre of a cell may be the one place without input images.
+        for k in np.flatnonzero(np.isnan(stack[number, 0, 0])).tolist():
+            if (kernel := self._try(x=int(column[k]), y=int(row[k]))) is not None:
+                stars[k] = shift_kernel(kernel, dx=dx[k], dy=dy[k], size=size)
+        return stars
 
     def _try(self, *, x: float, y: float) -> np.ndarray | None:
         try:
@@ -550,9 +561,11 @@ class MultibandCoadd:
             Mask planes, under their lsst.images or afw names.
         """
         planes = self.planes[band]
+        good = np.isfinite(planes.image)
+        good &= planes.variance > 0
+        good &= planes.variance < np.inf
         bad = self.compute_mask(band, names)
-        bad |= ~np.isfinite(planes.image)
-        bad |= ~(planes.variance > 0) | ~np.isfinite(planes.variance)
+        bad |= ~good
         for cell in planes.missing_cells:
             bad[cell.intersection(self.bbox).slice_within(self.bbox)] = True
         return bad

@@ -361,7 +361,9 @@ class CutoutExtractor:
         self._bad = {band: coadd.compute_bad_pixels(band, bad_planes) for band in coadd.planes}
         self._pixel_scale = coadd.pixel_scale
 
-    def extract(self, *, ids: np.ndarray, ra: np.ndarray, dec: np.ndarray) -> Cutouts:
+    def extract(
+        self, *, ids: np.ndarray, ra: np.ndarray, dec: np.ndarray, psf_size: int | None = None
+    ) -> Cutouts:
         """Cut out the stamps of some objects.
 
         Parameters
@@ -372,7 +374,11 @@ class CutoutExtractor:
             ICRS coordinates in degrees, shape ``(N,)``.  Objects outside the
             patch, and those without valid coordinates, get stamps that are
             bad and off the edge.
+        psf_size
+            Odd side of the PSF kernels in pixels, if it is not that of the
+            extractor; 1 is enough to know whether there is a PSF.
         """
+        side = self._psf_size if psf_size is None else psf_size
         coadd, size, bands = self._coadd, self._size, self._coadd.bands
         n = len(ids)
         ra, dec = np.asarray(ra, dtype=np.float64), np.asarray(dec, dtype=np.float64)
@@ -385,10 +391,14 @@ class CutoutExtractor:
         off_edge = ~inside | (left < 0) | (bottom < 0) | (left + size > width) | (bottom + size > height)
 
         shape = (n, len(bands), size, size)
-        image = np.full(shape, np.nan, dtype=np.float32)
-        variance = np.full(shape, np.nan, dtype=np.float32)
-        bad = np.ones(shape, dtype=bool)
-        psf = np.full((n, len(bands), self._psf_size, self._psf_size), np.nan, dtype=np.float32)
+        image = np.empty(shape, dtype=np.float32)
+        variance = np.empty(shape, dtype=np.float32)
+        bad = np.empty(shape, dtype=bool)
+        # What no plane fills in.
+        for stamps, outside in ((image, np.nan), (variance, np.nan), (bad, True)):
+            stamps[off_edge] = outside
+            stamps[:, [band not in coadd.planes for band in bands]] = outside
+        psf = np.full((n, len(bands), side, side), np.nan, dtype=np.float32)
         missing_cell = np.zeros((n, len(bands)), dtype=bool)
         for b, band in enumerate(bands):
             if band not in coadd.planes:
@@ -400,7 +410,7 @@ class CutoutExtractor:
                 (bad, self._bad[band]),
             ):
                 _gather(stamps[:, b], plane, bottom=bottom, left=left, inside=inside, off_edge=off_edge)
-            if side := self._psf_size:
+            if side:
                 psf[inside, b] = coadd.compute_psf_kernels(band, x=x[inside], y=y[inside], size=side)
             for cell in planes.missing_cells:
                 missing_cell[:, b] |= inside & cell.contains(x=x, y=y)
@@ -449,8 +459,9 @@ def _gather(
     """
     size = stamps.shape[-1]
     height, width = plane.shape
-    if (whole := ~off_edge).any():
+    if not off_edge.all():
         windows = np.lib.stride_tricks.sliding_window_view(plane, (size, size))
+        whole = slice(None) if not off_edge.any() else np.flatnonzero(~off_edge)
         stamps[whole] = windows[bottom[whole], left[whole]]
     for k in np.flatnonzero(inside & off_edge):
         i, j = bottom[k], left[k]

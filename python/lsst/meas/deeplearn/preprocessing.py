@@ -148,13 +148,15 @@ class Preprocessing:
             noise = compute_noise(variance, bad)[..., None, None]
         else:
             noise = np.asarray(self.noise, dtype=np.float32)[:, None, None]
-        x = np.where(bad, 0.0, image).astype(np.float32, copy=False)
+        x = np.where(bad, np.float32(0.0), image).astype(np.float32, copy=False)
         if self.mean is not None:
-            x = x - np.asarray(self.mean, dtype=np.float32)[:, None, None]
-        x = np.clip(x / noise, -self.clip, self.clip)
+            x -= np.asarray(self.mean, dtype=np.float32)[:, None, None]
+            x[bad] = 0.0
+        x /= noise
+        np.clip(x, -self.clip, self.clip, out=x)
         if self.softening is not None:
-            x = np.arcsinh(x / np.float32(self.softening))
-        x[bad] = 0.0
+            x /= np.float32(self.softening)
+            np.arcsinh(x, out=x)
         return x
 
 
@@ -180,7 +182,7 @@ def compute_noise(variance: np.ndarray, bad: np.ndarray) -> np.ndarray:
     # Most stamps have no bad pixels, and partitioning is faster than sorting.
     middle = sorted({(n_pixels - 1) // 2, n_pixels // 2})
     if (clean := n_good == n_pixels).any():
-        ordered = np.partition(flat[clean], middle, axis=-1)
+        ordered = np.partition(flat if clean.all() else flat[clean], middle, axis=-1)
         noise[clean] = np.sqrt(ordered[:, middle].mean(axis=-1))
     # Bad pixels go to the end; np.nanmedian takes five times as long.
     if (spoilt := ~clean & (n_good > 0)).any():
