@@ -107,7 +107,7 @@ def test_every_object_has_a_row(coadd: MultibandCoadd) -> None:
 
 
 def test_scores_do_not_depend_on_chunks_or_batches(coadd: MultibandCoadd) -> None:
-    """Memory settings leave the scores as they are."""
+    """Memory settings leave the scores as they are, bit for bit."""
     objects = make_objects(coadd, np.linspace(30, 270, 20).tolist(), [150] * 20)
     model = make_test_model()
     one = make_config(chunkSize=1000)
@@ -117,7 +117,44 @@ def test_scores_do_not_depend_on_chunks_or_batches(coadd: MultibandCoadd) -> Non
         LensFinderTask(config=config).run(coadd, objects, [model]).candidates["score"]
         for config in (one, other)
     ]
-    np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
+    np.testing.assert_array_equal(scores[0], scores[1])
+
+
+@pytest.mark.parametrize("do_ring_finder", [True, False])
+def test_flag_of_the_psf_without_ring_finder(do_ring_finder: bool) -> None:
+    """Where there is no PSF is flagged, whether its images are needed or not;
+    the stamps that are kept have them.
+    """
+    coadds = make_test_coadds()
+    # A PSF of NaN, but not a cell without images.
+    coadds["r"].psf._array[0, 0] = np.nan
+    coadd = MultibandCoadd.from_coadds(coadds)
+    objects = make_objects(coadd, [50, 200], [60, 200])
+    task = LensFinderTask(config=make_config(doRingFinder=do_ring_finder, psfSize=15))
+    result = task.run(coadd, objects, [make_test_model()])
+    assert result.candidates["flag_bad_psf"].tolist() == [True, False]
+    assert np.isfinite(result.candidates["score"]).all()
+    kept = Cutouts.from_table(result.cutouts)
+    assert kept.psf.shape == (2, 3, 15, 15)
+    assert kept.bad_psf.tolist() == [[False, True, False], [False] * 3]
+
+
+def test_engine_is_logged_once(coadd: MultibandCoadd, caplog: pytest.LogCaptureFixture) -> None:
+    """Each run says once how its networks ran, whatever the chunks and the
+    networks, and also if what was compiled is used again.
+    """
+    objects = make_objects(coadd, np.linspace(30, 270, 20).tolist(), [150] * 20)
+    models = [make_test_model(), make_test_model(seed=2)]
+    config = make_config(chunkSize=7)
+    config.inference.engine = "torch"
+    with caplog.at_level("INFO"):
+        for n in (1, 2):
+            LensFinderTask(config=config).run(coadd, objects, models)
+            lines = [record.getMessage() for record in caplog.records if "torch on cpu" in record.message]
+            assert lines == n * ["Networks ran with torch on cpu in float32, 32 stamps in a pass."]
+        caplog.clear()
+        LensFinderTask(config=config).run(coadd, objects[:0], models)
+        assert "Networks ran" not in caplog.text
 
 
 def test_masked_image_scores_like_cell_coadd(coadd: MultibandCoadd) -> None:

@@ -30,14 +30,14 @@ whatever the chunks, threads and processes.
 
 from __future__ import annotations
 
-__all__ = ("InferenceConfig", "predict", "torch_threads")
+__all__ = ("InferenceConfig", "describe_engines", "predict", "torch_threads")
 
 import contextlib
 import copy
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary
 
@@ -142,7 +142,7 @@ def predict(
         return outputs
     device = _choose_device(config.device)
     try:
-        engine = _get_engine(network, inputs.shape[1:], device, config, max(num_threads, 1))
+        engine = _get_engine(network, inputs.shape[1:], device, config, num_threads)
         return engine.run(inputs, config.averageOrientations)
     except torch.OutOfMemoryError as err:
         err.add_note("The GPU is full: run fewer processes on it ('pipetask -j 1'), or set device to 'cpu'.")
@@ -156,6 +156,27 @@ def predict(
         _LOG.warning("The GPU failed (%s); this process goes on without it.", str(err).partition("\n")[0])
         _failed_devices.add(device)
     return predict(network, inputs, config, num_threads=num_threads)
+
+
+def describe_engines(
+    networks: Iterable[torch.nn.Module], config: InferenceConfig, *, num_threads: int = 1
+) -> str:
+    """Return how networks have run, for a log.
+
+    Parameters
+    ----------
+    networks
+        Networks that `predict` has run.
+    config
+        Configuration with which they ran.
+    num_threads
+        Threads with which they ran.
+    """
+    choice = _choose(_choose_device(config.device), config, num_threads)
+    found = [_engines.get(network, {}) for network in networks]
+    return "; ".join(
+        sorted({str(engine) for engines in found for key, engine in engines.items() if key[1:] == choice})
+    )
 
 
 @contextlib.contextmanager
@@ -192,6 +213,8 @@ class _Engine(Protocol):
         """
 
 
+type _Choice = tuple[str, str, bool, int, int]
+
 _failed_devices: set[str] = set()
 _engines: WeakKeyDictionary[Any, dict[tuple[Any, ...], _Engine]] = WeakKeyDictionary()
 
@@ -211,6 +234,13 @@ def _choose_device(name: str) -> str:
     return "cuda" if available and name != "cpu" else "cpu"
 
 
+def _choose(device: str, config: InferenceConfig, num_threads: int) -> _Choice:
+    """Return what the engines of a network differ in, but for the stamps."""
+    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device == "cuda")
+    batch_size = config.batchSize if device == "cuda" else CPU_BATCH
+    return device, config.engine, bfloat16, batch_size, max(num_threads, 1)
+
+
 def _get_engine(
     network: torch.nn.Module,
     shape: tuple[int, ...],
@@ -219,22 +249,20 @@ def _get_engine(
     num_threads: int,
 ) -> _Engine:
     """Return what is ready for a network, or make it ready."""
-    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device == "cuda")
-    batch_size = config.batchSize if device == "cuda" else CPU_BATCH
-    key = (shape, device, config.engine, bfloat16, batch_size, num_threads)
+    choice = _choose(device, config, num_threads)
     engines = _engines.setdefault(network, {})
-    if key not in engines:
-        engines[key] = _make_engine(
+    if (shape, *choice) not in engines:
+        _, library, bfloat16, batch_size, num_threads = choice
+        engines[shape, *choice] = _make_engine(
             network,
             shape,
             device,
-            config.engine,
+            library,
             bfloat16=bfloat16,
             batch_size=batch_size,
             num_threads=num_threads,
         )
-        _LOG.info("Networks run with %s.", engines[key])
-    return engines[key]
+    return engines[shape, *choice]
 
 
 def _make_engine(
@@ -248,14 +276,23 @@ def _make_engine(
     num_threads: int,
 ) -> _Engine:
     """Make a network ready with the library of the configuration."""
+    reason = ""
     if device == "cpu" and library != "torch":
         try:
             return _OpenVinoEngine(network, shape, bfloat16=bfloat16, num_threads=num_threads)
         except Exception as err:
             # Torch always works, and what OpenVINO raises is not documented.
-            log = _LOG.warning if library == "openvino" else _LOG.info
-            log("Networks run with torch, not with OpenVINO: %s", str(err).strip().partition("\n")[0])
-    return _TorchEngine(network, device, bfloat16=bfloat16, batch_size=batch_size, num_threads=num_threads)
+            reason = f"not with OpenVINO: {str(err).strip().partition('\n')[0]}"
+            if library == "openvino":
+                _LOG.warning("A network runs with torch, %s", reason)
+    return _TorchEngine(
+        network,
+        device,
+        bfloat16=bfloat16,
+        batch_size=batch_size,
+        num_threads=num_threads,
+        reason=reason,
+    )
 
 
 class _TorchEngine:
@@ -273,13 +310,23 @@ class _TorchEngine:
         Number of stamps in a pass.
     num_threads
         Number of threads on a CPU.
+    reason
+        Why torch, if another library was wanted.
     """
 
     def __init__(
-        self, network: torch.nn.Module, device: str, *, bfloat16: bool, batch_size: int, num_threads: int
+        self,
+        network: torch.nn.Module,
+        device: str,
+        *,
+        bfloat16: bool,
+        batch_size: int,
+        num_threads: int,
+        reason: str = "",
     ) -> None:
         import torch
 
+        self._reason = reason
         self._device = torch.device(device)
         self._num_threads = num_threads
         self._batch_size = batch_size
@@ -303,7 +350,8 @@ class _TorchEngine:
 
     def __str__(self) -> str:
         precision = str(self._dtype).removeprefix("torch.")
-        return f"torch on {self._device} in {precision}, {self._batch_size} stamps in a pass"
+        description = f"torch on {self._device} in {precision}, {self._batch_size} stamps in a pass"
+        return f"{description} ({self._reason})" if self._reason else description
 
     def run(self, inputs: np.ndarray, orientations: int) -> np.ndarray:
         """Return the mean output of each stamp, shape ``(N,)``.

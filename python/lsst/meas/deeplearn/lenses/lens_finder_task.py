@@ -46,7 +46,7 @@ from lsst.utils.logging import PeriodicLogger
 
 from ..coadds import MultibandCoadd
 from ..cutouts import CutoutExtractor, Cutouts
-from ..inference import InferenceConfig, predict
+from ..inference import InferenceConfig, describe_engines, predict
 from ..model_package import (
     MODEL_STORAGE_CLASS,
     SCALE_TOLERANCE,
@@ -350,13 +350,16 @@ class LensFinderTask(PipelineTask):
         progress = PeriodicLogger(self.log)
         for start in range(0, len(candidates), self.config.chunkSize):
             rows = candidates[start : start + self.config.chunkSize]
-            cutouts = _extract(extractor, rows)
+            # Without RingFinder only whether there is a PSF is asked for.
+            cutouts = _extract(extractor, rows, None if self.config.doRingFinder else 1)
             usable = self._describe(rows, cutouts, coadd)
             if models:
                 self._score(rows, cutouts, usable, models, num_cores)
             if self.config.doRingFinder:
                 self._find_rings(rows, cutouts, usable)
             progress.log("Scored %d of %d objects.", start + len(rows), len(candidates))
+        if models and len(candidates):
+            self._log_engines(models, num_cores)
         candidates["flag_not_scored"][:] = ~np.isfinite(candidates[self._score_columns[0]])
 
         self.metadata["n_objects"] = len(candidates)
@@ -462,7 +465,7 @@ class LensFinderTask(PipelineTask):
         num_cores: int,
     ) -> None:
         """Fill in the scores of the networks, and what they are worth."""
-        usable_cutouts = cutouts[usable]
+        usable_cutouts = cutouts if usable.all() else cutouts[usable]
         logits = np.empty((len(models), len(usable_cutouts)), dtype=np.float32)
         inputs: dict[str, np.ndarray] = {}
         for k, model in enumerate(models):
@@ -476,16 +479,24 @@ class LensFinderTask(PipelineTask):
         for field in dataclasses.fields(scores):
             rows[field.name][usable] = getattr(scores, field.name)
 
+    def _log_engines(self, models: Sequence[ModelPackage], num_cores: int) -> None:
+        """Say how the networks have run, if any stamp was usable."""
+        networks = [model.network for model in models]
+        if engines := describe_engines(networks, self.config.inference, num_threads=num_cores):
+            self.log.info("Networks ran with %s.", engines)
+
     def _find_rings(self, rows: Table, cutouts: Cutouts, usable: np.ndarray) -> None:
         """Fill in the results of RingFinder."""
-        rings = find_rings(cutouts[usable], self.config.ringFinder)
+        rings = find_rings(cutouts if usable.all() else cutouts[usable], self.config.ringFinder)
         rows["ringfinder_snr"][usable] = rings.snr
         rows["ringfinder_is_lens"][usable] = rings.is_lens
         rows["ringfinder_n_regions"][usable] = rings.n_regions
 
 
-def _extract(extractor: CutoutExtractor, rows: Table) -> Cutouts:
-    return extractor.extract(ids=rows["objectId"], ra=rows["coord_ra"], dec=rows["coord_dec"])
+def _extract(extractor: CutoutExtractor, rows: Table, psf_size: int | None = None) -> Cutouts:
+    return extractor.extract(
+        ids=rows["objectId"], ra=rows["coord_ra"], dec=rows["coord_dec"], psf_size=psf_size
+    )
 
 
 def _needs_resampling(settings: ModelSettings, pixel_scale: float) -> bool:
