@@ -52,6 +52,7 @@ OWN = {"network": network.run, "patch": patch.run, "scaling": scaling.run}
 OTHERS = {
     "simulate_lenses": ["-n", "16", "--repeats", "1"],
     "train_lens_finder": ["--steps", "1", "--batch-size", "8"],
+    "generate_galaxies": ["--quick"],
     "measure_shear": ["--stamps", "64", "--seconds", "0.1"],
 }
 """Scripts that print their own tables, with the options for ``--quick``."""
@@ -80,7 +81,7 @@ def main() -> None:
             print(format_table(figures), flush=True)
             results += figures
     if set(OWN) <= set(wanted):
-        figures = survey_cost.project(results)
+        figures = survey_cost.check(results) + survey_cost.project(results)
         print(format_table(figures), flush=True)
         results += figures
     printed = {}

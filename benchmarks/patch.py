@@ -43,6 +43,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from multiprocessing.queues import SimpleQueue
 from typing import Any
 from unittest import mock
 
@@ -184,6 +185,7 @@ class Patch:
         self.butler = Butler.from_config(root, collections=["coadds", "models"])
         self.data_id = {"skymap": "benchmark", "tract": 0, "patch": 0}
         self.objects = self.butler.get("object", self.data_id)
+        self.handles = [self.butler.getDeferred("deep_coadd", self.data_id, band=band) for band in BANDS]
         self.model = ModelPackage.from_arrow(self.butler.get("deeplens_model"))
 
     def score_naively(self, seconds: dict[str, float]) -> np.ndarray:
@@ -216,7 +218,9 @@ class Patch:
         clock.lap("network")
         return torch.cat(parts).numpy()
 
-    def score(self, seconds: dict[str, float], settings: Mapping[str, Any]) -> Table:
+    def score(
+        self, seconds: dict[str, float], settings: Mapping[str, Any], *, ring_finder: bool = False
+    ) -> Table:
         """Score the objects by LensFinderTask.
 
         Parameters
@@ -225,14 +229,15 @@ class Patch:
             CPU time of each step, which is added to.
         settings
             Configuration of its inference.
+        ring_finder
+            Whether to run RingFinder too.
         """
         config = lens_finder_task.LensFinderConfig()
         config.inference.update(**({"device": "cpu", "averageOrientations": 1} | dict(settings)))
-        config.doRingFinder = False
-        handles = [self.butler.getDeferred("deep_coadd", self.data_id, band=band) for band in BANDS]
+        config.doRingFinder = ring_finder
         with timed(seconds):
             start = time.process_time()
-            coadd = MultibandCoadd.read(handles, BANDS)
+            coadd = MultibandCoadd.read(self.handles, BANDS)
             task = lens_finder_task.LensFinderTask(config=config)
             candidates = task.run(coadd, self.objects, [self.model]).candidates
             total = time.process_time() - start
@@ -282,12 +287,35 @@ def run(*, quick: bool, n_cells: int = 14, n_objects: int = 1250) -> list[Result
         n_cells, n_objects = 4, 50
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
-        # In a process of its own, so that its memory does not count.
+        # In processes of their own, so that each has its own memory.
+        _run_apart(make_repository, f"{root}/repo", n_cells, n_objects)
         context = multiprocessing.get_context("spawn")
-        maker = context.Process(target=make_repository, args=(f"{root}/repo", n_cells, n_objects))
-        maker.start()
-        maker.join()
-        return _time_patch(Patch(f"{root}/repo"), n_cells, n_objects)
+        queue = context.SimpleQueue()
+        _run_apart(_measure_memory, f"{root}/repo", queue)
+        peak, planes = queue.get()
+        results = _time_patch(Patch(f"{root}/repo"), n_cells, n_objects)
+    what = "peak memory of a process, RingFinder included"
+    return [
+        *results,
+        Result("patch", what, peak, "GB"),
+        Result("patch", "    beside the planes", peak - planes, "GB"),
+    ]
+
+
+def _run_apart(function: Callable[..., None], *args: Any) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=function, args=args)
+    process.start()
+    process.join()
+
+
+def _measure_memory(root: str, queue: SimpleQueue[tuple[float, float]]) -> None:
+    """Send the peak memory of scoring a patch and that of its planes, GB."""
+    patch = Patch(root)
+    patch.score(defaultdict(float), {}, ring_finder=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    planes = MultibandCoadd.read(patch.handles, BANDS).planes.values()
+    size = sum(band.image.nbytes + band.variance.nbytes + band.mask.array.nbytes for band in planes)
+    queue.put((peak / 1e9, size / 1e9))
 
 
 def _time_patch(patch: Patch, n_cells: int, n_objects: int) -> list[Result]:
@@ -303,9 +331,7 @@ def _time_patch(patch: Patch, n_cells: int, n_objects: int) -> list[Result]:
         seconds: dict[str, float] = defaultdict(float)
         patch.score(seconds, {"engine": engine, "precision": precision})
         results += _report(f"{engine} {precision}", seconds, sum(naive.values()), n_objects)
-    results += _time_cutting(patch, n_objects)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    return [*results, Result("patch", "peak memory of all of these", memory, "GiB")]
+    return results + _time_cutting(patch, n_objects)
 
 
 def _report(name: str, seconds: Mapping[str, float], naive: float | None, n_objects: int) -> list[Result]:
@@ -321,8 +347,7 @@ def _report(name: str, seconds: Mapping[str, float], naive: float | None, n_obje
 
 def _time_cutting(patch: Patch, n_objects: int) -> list[Result]:
     """Time cutting with image, variance, bad pixels; with and without PSF."""
-    handles = [patch.butler.getDeferred("deep_coadd", patch.data_id, band=band) for band in BANDS]
-    coadd = MultibandCoadd.read(handles, BANDS)
+    coadd = MultibandCoadd.read(patch.handles, BANDS)
     table = patch.objects
     corners = np.random.default_rng(3).integers(0, np.array(coadd.bbox.shape)[:, None] - SIZE, (2, n_objects))
     one_plane = np.empty((n_objects, SIZE, SIZE), dtype=np.float32)

@@ -24,7 +24,14 @@
 
 from __future__ import annotations
 
-__all__ = ("Result", "compute_seconds", "describe_machine", "format_table", "time_calls")
+__all__ = (
+    "Result",
+    "compute_seconds",
+    "describe_machine",
+    "format_table",
+    "time_calls",
+    "time_on_cores",
+)
 
 import dataclasses
 import os
@@ -98,6 +105,34 @@ def time_calls(calls: Iterable[Callable[[], object]], *, repeats: int) -> list[f
             if round_:
                 best[k] = min(best[k], time.process_time() - start)
     return best
+
+
+def time_on_cores(call: Callable[[], object], *, repeats: int) -> tuple[float, float]:
+    """Return the least wall time of some calls, after one that is not timed.
+
+    Parameters
+    ----------
+    call
+        What to time.
+    repeats
+        Number of timed calls.
+
+    Returns
+    -------
+    seconds
+        Wall time.
+    cores
+        Cores that this process had meanwhile; less than it has threads tells
+        that they waited, or that the machine was shared.
+    """
+    call()
+    times = []
+    for _ in range(repeats):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        call()
+        seconds = time.perf_counter() - start
+        times.append((seconds, (time.process_time() - cpu_start) / seconds))
+    return min(times)
 
 
 def describe_machine() -> dict[str, Any]:

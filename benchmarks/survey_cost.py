@@ -33,7 +33,7 @@ Run as ``python benchmarks/survey_cost.py benchmarks.json``; see ``--help``.
 
 from __future__ import annotations
 
-__all__ = ("Rates", "Survey", "compute_hours", "project")
+__all__ = ("Rates", "Survey", "check", "compute_hours", "project")
 
 import argparse
 import dataclasses
@@ -172,6 +172,31 @@ def find_rates(results: Sequence[Result]) -> Rates:
         )
     except (KeyError, UnboundLocalError) as err:
         raise ValueError("The figures of 'patch' and 'scaling' are needed; run both.") from err
+
+
+def check(results: Sequence[Result]) -> list[Result]:
+    """Return how far the rates predict the times of 1, 2, 4, 8 patches.
+
+    The patches differ in size and in number of objects from the one that the
+    rates were measured on.
+
+    Parameters
+    ----------
+    results
+        Figures of ``patch`` and ``scaling``.
+    """
+    rates = find_rates(results)
+    checks = []
+    for result in results:
+        match = re.match(r"(\d+) patch\(es\) of (\d+)\^2, (\d+) objects", result.what)
+        if result.benchmark != "scaling" or match is None:
+            continue
+        n, side, n_objects = (int(group) for group in match.groups())
+        pixels = n * Survey.n_bands * side**2 / 1e6
+        predicted = rates.read * pixels + rates.quantum * n + (rates.cut + rates.network) * n_objects
+        what = f"{result.what}: model against measurement"
+        checks.append(Result("survey", what, predicted / result.value, ""))
+    return checks
 
 
 def project(results: Sequence[Result]) -> list[Result]:
