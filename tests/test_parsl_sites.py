@@ -82,8 +82,8 @@ def test_one_worker_for_each_gpu(gpus: object, devices: list[str]) -> None:
 def test_jobs_without_gpu_do_not_see_one() -> None:
     """The workers for CPUs have no devices."""
     cpu, gpu = make_site(gpus=1, gpuTasks="lensFinder").get_executors()
-    assert cpu.provider.worker_init == "export CUDA_VISIBLE_DEVICES="
-    assert not gpu.provider.worker_init
+    assert "export CUDA_VISIBLE_DEVICES=\n" in cpu.provider.worker_init
+    assert "CUDA" not in gpu.provider.worker_init
 
 
 def test_no_gpu() -> None:
@@ -302,6 +302,49 @@ def test_killed_worker_and_restart(repository: Path, tmp_path: Path) -> None:
     assert before.items() <= after.items()
     assert get_files(repository, "lens_candidates_ranked", "lenses/killed")
     assert {log.read_text().count("Job on") for log in jobs} == {2, 4}, "Only the lost job has run again."
+
+
+@pytest.mark.slow
+def test_killed_submission_and_restart(repository: Path, tmp_path: Path) -> None:
+    """If `bps submit` itself is killed, its jobs end with it, and `bps
+    restart` runs what is missing, and nothing else.
+    """
+    config = f"""
+        includeConfigs: {BPS}/laptop.yaml
+        site: {{laptop: {{gpus: 1, retries: 0}}}}
+        cluster: {{scorePatches: {{partitionMaxSize: 3}}}}
+    """
+    submission = start_submission(tmp_path, repository, config, "lenses/submission")
+    log = wait_for_job(tmp_path / "submit/lenses/submission", submission, "Job on")
+    while "Executed 1 quanta" not in log.read_text():
+        time.sleep(0.1)
+    jobs = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "run-qbb" in (command := process.info["cmdline"] or [])
+        and any(str(tmp_path) in word for word in command)
+    ]
+    assert jobs
+    submission.kill()
+    assert submission.wait() != 0
+    assert not psutil.wait_procs(jobs, timeout=60)[1], "A job has outlived its submission."
+
+    (folder,) = tmp_path.glob("submit/lenses/submission/*")
+    logs = sorted(folder.glob("logs/scorePatches/0/*.stderr"))
+    finished = sum(_count_finished(log) for log in logs)
+    assert 0 < finished < 6
+    service = "lsst.ctrl.bps.parsl.ParslService"
+    restart = start_bps(tmp_path, "restart", "--wms-service-class", service, "--id", str(folder))
+    assert restart.wait() == 0
+    assert set(get_files(repository, "lens_candidates", "lenses/submission")) == set(range(6))
+    assert get_files(repository, "lens_candidates_ranked", "lenses/submission")
+    logs = sorted(folder.glob("logs/scorePatches/0/*.stderr"))
+    assert sum(_count_finished(log) for log in logs) == 6, "A patch was scored twice, or never."
+
+
+def _count_finished(log: Path) -> int:
+    """Return how many patches the tries of a job have scored."""
+    return log.read_text().count("Execution of task 'lensFinder'")
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ __all__ = ("LocalGpu", "SlurmGpu")
 import abc
 import copy
 import logging
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,13 @@ _END_WITH_WORKER = """\
     ps -o stat= -p $PPID | grep -q "^[^Z]" || kill -KILL $$ $(pgrep -P $$ | sort -rn)
     sleep 2
 done) >/dev/null 2>&1 </dev/null &"""
+
+# Parsl's workers outlive a submission that is killed, and would go on while
+# it is restarted.  They and their jobs are a group of processes.
+_END_WITH_SUBMISSION = """(while kill -0 {pid}; do
+    sleep 2
+done
+kill -KILL -- -$(ps -o pgid= -p $$ | tr -d " ")) >/dev/null 2>&1 </dev/null &"""
 
 
 class GpuSite(SiteConfig, abc.ABC):
@@ -191,7 +199,7 @@ class GpuSite(SiteConfig, abc.ABC):
 class LocalGpu(GpuSite):
     """The machine itself, with workers for CPUs and a worker for each GPU.
 
-    The workers inherit the environment of ``bps submit``.
+    The workers inherit the environment of ``bps submit``, and end with it.
 
     Parameters
     ----------
@@ -217,7 +225,7 @@ class LocalGpu(GpuSite):
         return HighThroughputExecutor(
             CPU,
             address=self.get_address(),
-            provider=LocalProvider(init_blocks=1, max_blocks=1, worker_init=_HIDE_GPUS),
+            provider=self._make_provider(_HIDE_GPUS),
             max_workers_per_node=self._get_count("cores"),
             cores_per_worker=_CORES_PER_WORKER,
         )
@@ -226,10 +234,14 @@ class LocalGpu(GpuSite):
         return HighThroughputExecutor(
             GPU,
             address=self.get_address(),
-            provider=LocalProvider(init_blocks=1, max_blocks=1),
+            provider=self._make_provider(),
             available_accelerators=self.gpus,
             cores_per_worker=_CORES_PER_WORKER,
         )
+
+    def _make_provider(self, worker_init: str = "") -> LocalProvider:
+        end = _END_WITH_SUBMISSION.format(pid=os.getpid())
+        return LocalProvider(init_blocks=1, max_blocks=1, worker_init=f"{worker_init}\n{end}".lstrip())
 
     def get_address(self) -> str:
         """Return where workers find the submission: on this machine."""
