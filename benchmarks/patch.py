@@ -37,13 +37,14 @@ __all__ = ("make_published_model", "make_repository", "run")
 import argparse
 import multiprocessing
 import os
-import resource
+import re
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from multiprocessing.queues import SimpleQueue
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -312,7 +313,9 @@ def _measure_memory(root: str, queue: SimpleQueue[tuple[float, float]]) -> None:
     """Send the peak memory of scoring a patch and that of its planes, GB."""
     patch = Patch(root)
     patch.score(defaultdict(float), {}, ring_finder=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage, in which a process inherits the peak of its parent.
+    status = Path("/proc/self/status").read_text()
+    peak = 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])  # type: ignore[index]
     planes = MultibandCoadd.read(patch.handles, BANDS).planes.values()
     size = sum(band.image.nbytes + band.variance.nbytes + band.mask.array.nbytes for band in planes)
     queue.put((peak / 1e9, size / 1e9))

@@ -54,7 +54,7 @@ from lsst.meas.deeplearn.model_package import ingest_model
 from lsst.meas.deeplearn.tests import make_test_coadds, make_test_repository
 from lsst.pipe.base.simple_pipeline_executor import SimplePipelineExecutor
 
-N_CELLS, CELL_SIZE = 16, 50
+N_CELLS, CELL_SIZE = 4, 150
 """Cells on a side of the inner region of a patch, and pixels on a side of a
 cell; a patch has a border of one cell."""
 
@@ -123,7 +123,7 @@ def _fit_line(what: str, numbers: Sequence[int], seconds: Sequence[float]) -> li
     deviation = 100 * (abs(constant + slope * n - times) / times).max()
     return [
         Result("scaling", f"a further {what}", slope, "CPU s"),
-        Result("scaling", f"{what}s, largest deviation from a straight line", deviation, "%"),
+        Result("scaling", f"{what}, largest deviation from a straight line", deviation, "%"),
     ]
 
 
