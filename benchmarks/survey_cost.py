@@ -53,7 +53,7 @@ class Rates:
     """Reading a million pixels of one band, in s."""
 
     quantum: float
-    """Overhead of a quantum, in s."""
+    """Overhead of a quantum and of opening its files, in s."""
 
     cut: float
     """Cutting, scaling and writing an object, in s."""
@@ -62,7 +62,10 @@ class Rates:
     """The network for an object on a core, in s."""
 
     start_up: float
-    """Start-up of a process, in s."""
+    """Imports of a process, in s."""
+
+    first: float
+    """What the first patch of a process costs more, in s."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +125,8 @@ def compute_hours(
     mega_pixels = (survey.patch_side + survey.border) ** 2 / 1e6
     overlap = ((survey.patch_side + survey.border) / survey.patch_side) ** 2
     reading = survey.n_patches * survey.n_bands * mega_pixels * rates.read
-    fixed = survey.n_patches * (rates.quantum + rates.start_up / survey.patches_per_process)
+    start = (rates.start_up + rates.first) / survey.patches_per_process
+    fixed = survey.n_patches * (rates.quantum + start)
     # Objects of the border are scored by both patches.
     objects = survey.n_objects * overlap
     cores = {"reading": reading, "overhead": fixed, "cutting": objects * rates.cut}
@@ -162,15 +166,25 @@ def find_rates(results: Sequence[Result]) -> Rates:
         elif inside:
             steps[result.what.split()[0]] = result.value
     others = {result.what: result.value for result in results}
+    small = {
+        int(match[1]): result.value
+        for result in results
+        if (match := re.match(r"reading a patch of (\d+)\^2", result.what))
+    }
     try:
+        # To open a file costs as much whatever its size.
+        ((side, seconds),) = small.items()
+        few_pixels = Survey.n_bands * side**2 / 1e6
+        read = (steps["read"] - seconds) / (mega_pixels - few_pixels)
         return Rates(
-            read=steps["read"] / mega_pixels,
-            quantum=others["overhead of a quantum"],
+            read=read,
+            quantum=others["overhead of a quantum"] + seconds - read * few_pixels,
             cut=(steps["cut"] + steps["scale"] + steps["other"]) / n_objects,
             network=steps["network"] / n_objects,
             start_up=others["import of the task"] + others["import of torch"],
+            first=others["patch, start of the straight line"],
         )
-    except (KeyError, UnboundLocalError) as err:
+    except (KeyError, UnboundLocalError, ValueError) as err:
         raise ValueError("The figures of 'patch' and 'scaling' are needed; run both.") from err
 
 
@@ -178,7 +192,8 @@ def check(results: Sequence[Result]) -> list[Result]:
     """Return how far the rates predict the times of 1, 2, 4, 8 patches.
 
     The patches differ in size and in number of objects from the one that the
-    rates were measured on.
+    rates were measured on.  What the first costs more is that of the straight
+    line through the same times.
 
     Parameters
     ----------
@@ -193,7 +208,8 @@ def check(results: Sequence[Result]) -> list[Result]:
             continue
         n, side, n_objects = (int(group) for group in match.groups())
         pixels = n * Survey.n_bands * side**2 / 1e6
-        predicted = rates.read * pixels + rates.quantum * n + (rates.cut + rates.network) * n_objects
+        objects = (rates.cut + rates.network) * n_objects
+        predicted = rates.first + rates.quantum * n + rates.read * pixels + objects
         what = f"{result.what}: model against measurement"
         checks.append(Result("survey", what, predicted / result.value, ""))
     return checks

@@ -45,7 +45,7 @@ def survey_cost(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_survey_that_reads(survey_cost: ModuleType) -> None:
     """Where only reading costs, hours are pixels times the rate."""
-    rates = survey_cost.Rates(read=0.1, quantum=0.0, cut=0.0, network=0.0, start_up=0.0)
+    rates = survey_cost.Rates(read=0.1, quantum=0.0, cut=0.0, network=0.0, start_up=0.0, first=0.0)
     survey = survey_cost.Survey(area=100.0, border=0.0, patch_side=3000.0, n_bands=3)
     assert survey.n_patches == pytest.approx(100 * 36)
     hours, limit = survey_cost.compute_hours(survey, rates, n_cores=10)
@@ -55,13 +55,45 @@ def test_survey_that_reads(survey_cost: ModuleType) -> None:
 
 def test_survey_on_a_gpu(survey_cost: ModuleType) -> None:
     """The slower of cores and GPU limits a survey."""
-    rates = survey_cost.Rates(read=0.01, quantum=0.1, cut=1e-4, network=2e-3, start_up=5.0)
+    rates = survey_cost.Rates(read=0.01, quantum=0.1, cut=1e-4, network=2e-3, start_up=5.0, first=1.0)
     survey = survey_cost.Survey()
     on_cores, limit = survey_cost.compute_hours(survey, rates, n_cores=64)
     on_gpu, _ = survey_cost.compute_hours(survey, rates, n_cores=64, n_gpus=1)
     assert on_gpu < on_cores
     assert survey_cost.compute_hours(survey, rates, n_cores=10**7, n_gpus=1)[1] == "network"
     assert limit in ("reading", "network", "overhead", "cutting")
+
+
+def test_model_is_checked(survey_cost: ModuleType) -> None:
+    """Times that follow the model are predicted, for small files too."""
+    overhead, opening, read, cut, network = 0.1, 0.3, 0.05, 1e-3, 2e-3
+
+    def compute_reading(side: int) -> float:
+        return opening + read * 3 * side**2 / 1e6
+
+    def make(benchmark: str, what: str, value: float) -> object:
+        return survey_cost.Result(benchmark, what, value, "CPU s")
+
+    results = [
+        make("patch", "naive, 2100^2 x 3 bands, 1250 objects", 10.0),
+        make("patch", "    read (50.0 %)", 5.0),
+        make("patch", "openvino float32", 5.0),
+        make("patch", "    read (50.0 %)", compute_reading(2100)),
+        make("patch", "    cut (5.0 %)", 1250 * cut),
+        make("patch", "    scale (0.0 %)", 0.0),
+        make("patch", "    network (40.0 %)", 1250 * network),
+        make("patch", "    other (0.0 %)", 0.0),
+        make("start-up", "import of the task", 2.0),
+        make("start-up", "import of torch", 2.0),
+        make("scaling", "overhead of a quantum", overhead),
+        make("scaling", "reading a patch of 900^2", compute_reading(900)),
+    ]
+    results.append(make("scaling", "patch, start of the straight line", 0.5))
+    seconds = 0.5 + 4 * (overhead + compute_reading(900)) + 70 * (cut + network)
+    results.append(make("scaling", "4 patch(es) of 900^2, 70 objects", seconds))
+    (check,) = survey_cost.check(results)
+    assert check.value == pytest.approx(1.0)
+    assert survey_cost.find_rates(results).quantum == pytest.approx(overhead + opening)
 
 
 def test_figures_are_needed(survey_cost: ModuleType) -> None:
