@@ -28,6 +28,7 @@ import gc
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,27 @@ def test_float32_repeats_bit_for_bit(engine: str) -> None:
     settings["averageOrientations"] = 1
     one, two = (predict(network, inputs[:3], _make_config(**settings), num_threads=n) for n in (1, 2))
     np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("openvino", marks=needs_openvino)])
+def test_float32_repeats_in_another_process(engine: str) -> None:
+    """On a CPU another process gives the same scores, bit for bit."""
+    code = (
+        "import sys, test_inference as t; "
+        "config = t._make_config(engine=sys.argv[1], precision='float32', averageOrientations=1); "
+        "scores = t.predict(t._make_deeplens(), t._make_inputs(5, size=45, bands=3), config); "
+        "print(scores.tobytes().hex())"
+    )
+    config = _make_config(engine=engine, precision="float32", averageOrientations=1)
+    expected = predict(_make_deeplens(), _make_inputs(5, size=45, bands=3), config)
+    process = subprocess.run(
+        [sys.executable, "-c", code, engine],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent,
+    )
+    assert process.stdout.split()[-1] == expected.tobytes().hex()
 
 
 @needs_gpu

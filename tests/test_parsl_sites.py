@@ -325,9 +325,14 @@ def test_killed_submission_and_restart(repository: Path, tmp_path: Path) -> None
         and any(str(tmp_path) in word for word in command)
     ]
     assert jobs
+    children = psutil.Process(submission.pid).children(recursive=True)
     submission.kill()
     assert submission.wait() != 0
     assert not psutil.wait_procs(jobs, timeout=60)[1], "A job has outlived its submission."
+    # The interchanges of Parsl stay behind, idle.
+    for process in children:
+        if process.is_running():
+            process.kill()
 
     (folder,) = tmp_path.glob("submit/lenses/submission/*")
     logs = sorted(folder.glob("logs/scorePatches/0/*.stderr"))

@@ -292,6 +292,7 @@ class CellPsf:
         unique, number = np.unique(cells, axis=0, return_inverse=True)
         kernels = [self._get_cell_kernel(i, j) for i, j in unique.tolist()]
         side = max((n for kernel in kernels if kernel is not None for n in kernel.shape), default=1)
+        side = min(side, size + 2 * _LANCZOS)  # No other pixels count.
         stack = np.full((len(kernels), side, side), np.nan)
         for k, kernel in enumerate(kernels):
             if kernel is not None:
