@@ -77,6 +77,7 @@ def test_models(butler: Butler) -> None:
     assert all(member.startswith("models/deeplens_gri_") for member in members)
     found = butler.query_datasets("deeplens_model", "models/deeplens_gri", find_first=False)
     assert len(found) == len(members)
+    assert butler.query_datasets("galaxy_cvae_model", "models/galaxy_cvae/*")
 
 
 def test_patches_agree_where_they_overlap(butler: Butler) -> None:

@@ -24,12 +24,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import galsim
 import numpy as np
 import pytest
 import torch
 
-from lsst.meas.deeplearn.galaxies.render import FineImages, Renderer
+from lsst.meas.deeplearn.galaxies.render import FineImages, Renderer, draw_with_kernels
 
 SCALE, SIZE = 0.2, 63
 PSF = galsim.Moffat(beta=2.5, fwhm=0.7).shear(g1=0.02, g2=-0.02)
@@ -101,6 +103,27 @@ def test_deconvolution() -> None:
         renderer = Renderer(PSF, images, size=SIZE, pixel_scale=SCALE, shear=(0.1, 0.1))
         stamps.append(renderer.draw(images))
     np.testing.assert_allclose(stamps[0], stamps[1], atol=1e-3 * stamps[0].max())
+
+
+def test_kernels_of_their_own() -> None:
+    """Each galaxy has its kernel, whose centre is where it is drawn."""
+    profiles = make_profiles(4)
+    images = FineImages.from_profiles(profiles)
+    smoothed = [galsim.Convolve(profile, images.psf) for profile in profiles]
+    psfs = [
+        galsim.Convolve(galsim.Moffat(beta=3, fwhm=fwhm), galsim.Pixel(SCALE)).shift(dx, 0.05)
+        for fwhm, dx in ((0.65, 0.0), (0.7, 0.09), (0.8, -0.1), (0.9, 0.03))
+    ]
+    kernels = np.stack(
+        [5.0 * psf.drawImage(nx=61, ny=61, scale=SCALE, method="no_pixel", dtype=float).array for psf in psfs]
+    )
+    bare = dataclasses.replace(images, psf=None)
+    stamps = draw_with_kernels(bare, kernels, size=45, pixel_scale=SCALE)
+    assert stamps.shape == (4, 45, 45)
+    for stamp, profile, psf in zip(stamps, smoothed, psfs, strict=True):
+        observed = galsim.Convolve(profile, psf).withGSParams(ACCURATE)
+        expected = observed.drawImage(nx=45, ny=45, scale=SCALE, method="no_pixel").array
+        np.testing.assert_allclose(stamp, expected, atol=1e-3 * expected.max())
 
 
 def test_rotation() -> None:

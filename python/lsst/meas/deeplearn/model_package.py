@@ -25,6 +25,7 @@ from __future__ import annotations
 
 __all__ = (
     "ARCHITECTURES",
+    "DATASET_TYPES",
     "MODEL_STORAGE_CLASS",
     "ModelPackage",
     "ModelPackageError",
@@ -74,6 +75,12 @@ ARCHITECTURES: Mapping[str, str] = {
 A network is a `torch.nn.Module` whose constructor takes the keyword
 ``in_bands`` and the entries of ``ModelSettings.network``.
 """
+
+DATASET_TYPES: Mapping[str, str] = {
+    "Cvae": "galaxy_cvae_model",
+    "DeepLens": "deeplens_model",
+}
+"""Dataset types under which tasks look for models of these networks."""
 
 MODEL_STORAGE_CLASS = "ArrowTable"
 """Storage class of model packages; every butler repository has it."""
@@ -447,13 +454,13 @@ def ingest_model(
         RUN collection, which is made if need be; by default
         ``models/<name>/v<version>``.
     dataset_type
-        Name of the dataset type; by default that of the architecture, such
-        as ``deeplens_model``.
+        Name of the dataset type; by default that of the architecture in
+        `DATASET_TYPES`, such as ``deeplens_model``.
     """
     from lsst.daf.butler import DatasetType
 
     run = run or f"models/{package.name}/v{package.version}"
-    dataset_type = dataset_type or f"{package.architecture.lower()}_model"
+    dataset_type = dataset_type or DATASET_TYPES[package.architecture]
     butler.collections.register(run)
     butler.registry.registerDatasetType(
         DatasetType(dataset_type, (), MODEL_STORAGE_CLASS, universe=butler.dimensions)

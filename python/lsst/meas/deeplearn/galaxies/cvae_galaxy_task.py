@@ -31,7 +31,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import astropy.units as u
-import galsim
 import numpy as np
 from astropy.table import Column, Table
 
@@ -54,7 +53,6 @@ from .cut_galaxies_task import (
     make_condition_table,
     make_object_seed,
 )
-from .cvae_galaxy import make_profile
 
 if TYPE_CHECKING:
     from lsst.images.cells import CellCoadd
@@ -71,6 +69,9 @@ GALAXY_COLUMNS: Mapping[str, tuple[str, str]] = {
 }
 """Type and description of what is added to the columns of `Cutouts` and to
 `CONDITION_COLUMNS`."""
+
+CHUNK_SIZE = 256
+"""Number of galaxies that are kept on the grid of the model at once."""
 
 SCORE_COLUMNS: Mapping[str, str] = {
     "elbo": "Evidence lower bound of the real stamp, in nats",
@@ -217,6 +218,7 @@ class CvaeGalaxyTask(PipelineTask):
             Raised if the selection does not fit the table.
         """
         from .cvae_sampling import CvaeSampler
+        from .render import FineImages, draw_with_kernels
 
         sampler = CvaeSampler(model, outside="clip")
         selected, cutouts = extract_galaxies(coadd, objects, self.config)
@@ -226,15 +228,19 @@ class CvaeGalaxyTask(PipelineTask):
         _, table["flag_outside"][known] = sampler.check(conditions[known])
         images = np.full_like(cutouts.image, np.nan)
         progress = PeriodicLogger(self.log)
-        for done, row in enumerate(known):
-            seed = int(table["galaxy_seed"][row])
-            profile = make_profile(
-                sampler.draw(conditions[row : row + 1], [seed])[0],
-                pixel_scale=sampler.pixel_scale,
-                flux=float(table["flux"][row]),
+        for start in range(0, len(known), CHUNK_SIZE):
+            rows = known[start : start + CHUNK_SIZE]
+            drawn = sampler.draw(conditions[rows], table["galaxy_seed"][rows])
+            clean = draw_with_kernels(
+                FineImages(drawn, sampler.pixel_scale),
+                cutouts.psf[rows, 0],
+                size=cutouts.size,
+                pixel_scale=cutouts.pixel_scale,
             )
-            images[row, 0] = self._draw(profile, cutouts[row : row + 1])
-            progress.log("Drew %d of %d galaxies.", done + 1, len(known))
+            images[rows, 0] = np.asarray(table["flux"][rows])[:, None, None] * clean
+            for row in rows:
+                images[row, 0] += self._draw_noise(cutouts[row : row + 1])
+            progress.log("Drew %d of %d galaxies.", start + len(rows), len(known))
         for name, column in dataclasses.replace(cutouts, image=images).to_table().columns.items():
             table[name] = column
         if self.config.doScores:
@@ -308,15 +314,6 @@ class CvaeGalaxyTask(PipelineTask):
         table["model_version"][:] = model.version
         table["model_digest"][:] = model.digest
         return table
-
-    def _draw(self, profile: galsim.GSObject, cutout: Cutouts) -> np.ndarray:
-        """Return the stamp of a galaxy in place of a cutout, ``(y, x)``."""
-        scale, size = cutout.pixel_scale, cutout.size
-        kernel = galsim.ImageD(cutout.psf[0, 0].astype(np.float64), scale=scale)
-        # The kernel has the pixel in it, and is centred like the object.
-        observed = galsim.Convolve(profile, galsim.InterpolatedImage(kernel, flux=1.0))
-        stamp = observed.drawImage(nx=size, ny=size, scale=scale, method="no_pixel").array
-        return np.asarray(stamp + self._draw_noise(cutout), dtype=np.float32)
 
     def _draw_noise(self, cutout: Cutouts) -> np.ndarray:
         """Return the noise of a stamp, which depends on the object only."""

@@ -39,7 +39,7 @@ of it is products with small matrices.
 
 from __future__ import annotations
 
-__all__ = ("FineImages", "Renderer")
+__all__ = ("FineImages", "Renderer", "draw_with_kernels")
 
 import dataclasses
 import math
@@ -48,6 +48,7 @@ from collections.abc import Sequence
 import galsim
 import numpy as np
 import torch
+from scipy.signal import fftconvolve
 from torch import Tensor
 
 # PSFs are taken to be zero where they are below this share of their maximum.
@@ -293,6 +294,48 @@ class Renderer:
     def _to_real(self, array: np.ndarray) -> Tensor:
         """Return complex columns as real and imaginary ones, in turn."""
         return torch.view_as_real(self._to_complex(array)).flatten(1)
+
+
+def draw_with_kernels(
+    images: FineImages, kernels: np.ndarray, *, size: int, pixel_scale: float
+) -> np.ndarray:
+    """Draw galaxies, each with a PSF of its own that is known in pixels.
+
+    Parameters
+    ----------
+    images
+        The galaxies, without smoothing that is to be taken out.
+    kernels
+        PSFs with the response of the pixel, sampled at the pixels of the
+        stamps, centred where the galaxies shall be, shape ``(N, y, x)`` with
+        odd sides.  Each is scaled to a sum of 1.
+    size
+        Side of the drawn stamps in pixels; odd.
+    pixel_scale
+        Side of these pixels in arcsec.
+
+    Returns
+    -------
+    stamps
+        Flux in each pixel, float32, shape ``(N, size, size)``.
+
+    Notes
+    -----
+    A PSF that pixels sample well has nothing beyond their Nyquist frequency,
+    so that the galaxy up to there, sampled and convolved in pixels, is the
+    image.  Interpolating the kernel, as a GalSim ``InterpolatedImage`` does,
+    costs some 1e-3 of the peak at 0.2 arcsec and 0.7 arcsec seeing.
+    """
+    reach = kernels.shape[-1] // 2
+    point = np.zeros((3, 3))
+    point[1, 1] = 1.0
+    band_limit = galsim.InterpolatedImage(
+        galsim.ImageD(point, scale=pixel_scale), x_interpolant=galsim.SincInterpolant(), flux=1.0
+    )
+    renderer = Renderer(band_limit, images, size=size + 2 * reach, pixel_scale=pixel_scale)
+    normal = kernels / kernels.sum(axis=(1, 2), keepdims=True)
+    stamps = fftconvolve(renderer.draw(images), normal.astype(np.float32), mode="valid", axes=(1, 2))
+    return np.asarray(stamps, dtype=np.float32)
 
 
 def _make_axis(size: int, scale: float) -> np.ndarray:
