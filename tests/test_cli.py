@@ -165,11 +165,15 @@ def test_wrong_arguments_of_import(tmp_path: Path, arguments: list[str], message
     assert message in result.output
 
 
-def test_show_demo_before_the_pipeline(repository: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "pipeline"),
+    [(["show-lens-demo"], "find_lenses"), (["show-galaxies", "--collections", "no"], "generate_galaxies")],
+)
+def test_show_before_the_pipeline(repository: Path, command: list[str], pipeline: str) -> None:
     """Without results, the cure is said."""
-    result = run("show-lens-demo", repository)
+    result = run(command[0], repository, *command[1:])
     assert result.exit_code == 1
-    assert "find_lenses.yaml" in result.output
+    assert f"Run {pipeline}.yaml first" in result.output
 
 
 def test_show_shear_bias(repository: Path) -> None:

@@ -54,6 +54,7 @@ from lsst.meas.deeplearn.galaxies.cvae_galaxy_task import (
     CvaeGalaxyConfig,
     CvaeGalaxyConnections,
     CvaeGalaxyTask,
+    describe_galaxies,
 )
 from lsst.meas.deeplearn.galaxies.train_cvae_task import (
     TrainCvaeConfig,
@@ -426,6 +427,8 @@ def test_pipelines(repository: Path) -> None:
         drawn = ~np.asarray(table["flag_not_drawn"])
         assert drawn.any()
         assert np.isfinite(table["image"][drawn]).any()
+        assert f"{drawn.sum()} drawn from galaxy_cvae 1" in describe_galaxies(table)
+    assert len(butler.query_datasets("galaxy_cvae_gallery")) == 2
 
 
 def test_wrong_columns_stop_the_run(repository: Path, model: ModelPackage) -> None:

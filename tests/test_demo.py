@@ -71,13 +71,13 @@ def _read(butler: Butler, patch: int) -> dict[str, CellCoadd]:
 
 
 def test_models(butler: Butler) -> None:
-    """The shipped models are there, those of an ensemble in a chain."""
+    """The shipped models are there, in chains without their versions."""
     members = butler.collections.get_info("models/deeplens_gri").children
     assert members
     assert all(member.startswith("models/deeplens_gri_") for member in members)
     found = butler.query_datasets("deeplens_model", "models/deeplens_gri", find_first=False)
     assert len(found) == len(members)
-    assert butler.query_datasets("galaxy_cvae_model", "models/galaxy_cvae/*")
+    assert butler.query_datasets("galaxy_cvae_model", "models/galaxy_cvae")
 
 
 def test_patches_agree_where_they_overlap(butler: Butler) -> None:

@@ -117,3 +117,35 @@ def test_no_model(repository: Path, models: str) -> None:
     printed = run_pipetask(repository, "lenses/none", models=models)
     assert "exit code 0" not in printed
     assert ("deeplens_model" if models == "test/coadds" else "models/none") in printed
+
+
+@pytest.mark.slow
+def test_galaxies(repository: Path) -> None:
+    """A galaxy model is trained and drawn from, and queries find it all."""
+    small = {"nGalaxies": 100, "size": 32, "width": 2, "latents": 3, "textureSize": 16, "textureStart": 2}
+    small |= {"flowLayers": 1, "priorSteps": 5, "epochs": 1, "batchSize": 16, "maxMagnitude": 23.5}
+    compared = {"nGalaxies": 24, "nBootstrap": 2, "nShown": 3, "maxMagnitude": 22.5}
+    settings = {"trainCvae": small, "compareMorphology": compared}
+    options = [
+        f"{label}:{key}={value}" for label, values in settings.items() for key, value in values.items()
+    ]
+    selection = ["cvaeGalaxy:selection=['i_psfFlux > 0']"]
+    for pipeline, inputs, output, values in (
+        ("train_galaxies.yaml", "test/coadds", "u/model", options),
+        ("generate_galaxies.yaml", "test/coadds,u/model", "u/galaxies", selection),
+    ):
+        printed = run(
+            *("pipetask", "run", "-b", str(repository), "-p", f"eups://meas_deeplearn/pipelines/{pipeline}"),
+            *("-i", inputs, "--output-run", output, "--register-dataset-types"),
+            *(part for value in values for part in ("-c", value)),
+        )
+        assert printed.returncode == 0, printed.stderr
+    listing = run(
+        "butler", "query-datasets", str(repository), "galaxy_*", "--collections", "u/model,u/galaxies"
+    )
+    names = ["galaxy_cvae_model", "galaxy_cvae_cutouts", "galaxy_cvae_gallery", "galaxy_gallery"]
+    names += ["galaxy_morphology", "galaxy_morphology_distances", "galaxy_morphology_checks"]
+    assert [name for name in names if name not in listing.stdout] == []
+    shown = run("butler", "show-galaxies", str(repository), "--collections", "u/galaxies").stdout
+    assert shown.count("drawn from galaxy_cvae 1") == 2
+    assert shown.count("Gallery:") == 2

@@ -50,6 +50,7 @@ def get_cli_subcommands() -> list[click.Command]:
         import_fits_coadds,
         make_lens_demo,
         show_lens_demo,
+        show_galaxies,
         show_shear_bias,
         make_inspection_page,
         ingest_lens_votes,
@@ -306,6 +307,31 @@ def show_shear_bias(repo: str, collections: str, where: str) -> None:
                 rows[name] = [f"{1e3 * value:+.2f} +- {1e3 * error:.2f}" for value, error in pairs]
             click.echo(f"Shear bias of tract {ref.dataId['tract']}, in units of 1e-3:")
             click.echo("\n".join(rows.pformat(max_lines=-1, max_width=-1)))
+
+
+@click.command(cls=ButlerCommand, name="show-galaxies")
+@repo_argument(required=True)
+@click.option("--collections", required=True, help="Output of generate_galaxies.yaml, comma-separated.")
+@click.option("--where", default="", help="Which patches, as a query expression; all by default.")
+def show_galaxies(repo: str, collections: str, where: str) -> None:
+    """Print what galaxies were drawn for the objects of each patch."""
+    from lsst.daf.butler import Butler, ButlerUserError
+
+    from .galaxies.cvae_galaxy_task import describe_galaxies
+
+    chain = collections.split(",")
+    with Butler.from_config(repo) as butler:
+        try:
+            refs = butler.query_datasets("galaxy_cvae_cutouts", chain, where=where)
+        except ButlerUserError as err:
+            raise click.ClickException(f"Run generate_galaxies.yaml first: {err}") from err
+        for ref in sorted(refs, key=lambda ref: (ref.dataId["tract"], ref.dataId["patch"])):
+            click.echo(f"Galaxies of tract {ref.dataId['tract']}, patch {ref.dataId['patch']}:")
+            click.echo(describe_galaxies(butler.get(ref)))
+            gallery = butler.find_dataset("galaxy_cvae_gallery", ref.dataId, collections=chain)
+            for name, shown in (("Table", ref), ("Gallery", gallery)):
+                if shown is not None:
+                    click.echo(f"{name + ':':8} {butler.getURI(shown).ospath}")
 
 
 @click.command(cls=ButlerCommand, name="make-inspection-page")

@@ -674,7 +674,8 @@ def _write_truth(butler: Butler, scene: Scene, snr: np.ndarray) -> None:
 def _ingest_shipped_models(butler: Butler) -> list[str]:
     """Put the models of this package into a repository.
 
-    Those whose names differ in a last number are an ensemble, a chain.
+    There is a chain for each name; those whose names differ in a last number
+    are an ensemble.
 
     Returns
     -------
@@ -685,8 +686,7 @@ def _ingest_shipped_models(butler: Butler) -> list[str]:
     for path in sorted((Path(__file__).parent / "resources" / "models").glob("*.safetensors")):
         package = ModelPackage.read(path)
         runs.append(ingest_model(butler, package).run)
-        if member := re.fullmatch(r"(.+)_\d+", package.name):
-            chains[f"models/{member[1]}"].append(runs[-1])
+        chains[f"models/{re.sub(r'_\d+$', '', package.name)}"].append(runs[-1])
     for chain, members in chains.items():
         chain_models(butler, chain, members)
     return [*runs, *chains]

@@ -24,9 +24,16 @@
 
 from __future__ import annotations
 
-__all__ = ("GALAXY_COLUMNS", "CvaeGalaxyConfig", "CvaeGalaxyConnections", "CvaeGalaxyTask")
+__all__ = (
+    "GALAXY_COLUMNS",
+    "CvaeGalaxyConfig",
+    "CvaeGalaxyConnections",
+    "CvaeGalaxyTask",
+    "describe_galaxies",
+)
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,7 +42,7 @@ import numpy as np
 from astropy.table import Column, Table
 
 import lsst.pipe.base.connectionTypes as cT
-from lsst.pex.config import Field, FieldValidationError
+from lsst.pex.config import Field, FieldValidationError, RangeField
 from lsst.pipe.base import InvalidQuantumError, PipelineTask, QuantumContext, Struct
 from lsst.pipe.base.connections import InputQuantizedConnection, OutputQuantizedConnection
 from lsst.utils.logging import PeriodicLogger
@@ -55,6 +62,8 @@ from .cut_galaxies_task import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from lsst.images.cells import CellCoadd
 
     from .cvae_sampling import CvaeSampler
@@ -116,11 +125,19 @@ class CvaeGalaxyConnections(
         dimensions=("skymap", "tract", "patch", "band"),
         multiple=True,
     )
+    gallery = cT.Output(
+        doc="Objects of the coadd, and below each the galaxy that was drawn for it.",
+        name="{outputName}_gallery",
+        storageClass="Plot",
+        dimensions=("skymap", "tract", "patch"),
+    )
 
     config: CvaeGalaxyConfig
 
     def __init__(self, *, config: CvaeGalaxyConfig):
         super().__init__(config=config)
+        if not config.nShown:
+            del self.gallery
         if not config.doCoadd:
             del self.coadd
 
@@ -138,6 +155,13 @@ class CvaeGalaxyConfig(GalaxyPatchConfig, pipelineConnections=CvaeGalaxyConnecti
         doc="Also say how likely the model finds the real stamps?  It needs a model that was trained on "
         "coadds with these pixels (source='cutouts' of trainCvae).",
         default=False,
+    )
+
+    nShown = RangeField(
+        dtype=int,
+        doc="Number of objects in the gallery, from bright to faint; 0 for none.",
+        default=12,
+        min=0,
     )
 
     def validate(self) -> None:
@@ -185,6 +209,8 @@ class CvaeGalaxyTask(PipelineTask):
             seed = compute_seed(self.config.seed, data_id["tract"], data_id["patch"], "noise")
             butlerQC.put(self.make_coadd(handle.get(), outputs.cutouts, seed=seed), ref)
         butlerQC.put(outputs.cutouts, outputRefs.cutouts)
+        if self.config.nShown:
+            butlerQC.put(outputs.gallery, outputRefs.gallery)
 
     def run(self, coadd: MultibandCoadd, objects: Table, model: ModelPackage) -> Struct:
         """Draw the galaxies of a patch.
@@ -208,6 +234,9 @@ class CvaeGalaxyTask(PipelineTask):
                 of `CONDITION_COLUMNS` and `GALAXY_COLUMNS`, a row for each
                 selected object in the order of ``objects``
                 (`astropy.table.Table`).
+            ``gallery``
+                Some of them below their objects
+                (`matplotlib.figure.Figure`), or `None` for ``nShown=0``.
 
         Raises
         ------
@@ -254,7 +283,9 @@ class CvaeGalaxyTask(PipelineTask):
             self.metadata["n_outside"],
             self.metadata["n_not_drawn"],
         )
-        return Struct(cutouts=table)
+        return Struct(
+            cutouts=table, gallery=self._plot_gallery(table, cutouts) if self.config.nShown else None
+        )
 
     def make_coadd(self, coadd: CellCoadd, table: Table, *, seed: int) -> CellCoadd:
         """Put the galaxies of a patch into a coadd.
@@ -315,6 +346,21 @@ class CvaeGalaxyTask(PipelineTask):
         table["model_digest"][:] = model.digest
         return table
 
+    def _plot_gallery(self, table: Table, cutouts: Cutouts) -> Figure:
+        """Plot objects at even steps of the magnitude, the clean ones."""
+        from .plots import plot_pairs
+
+        clean = ~np.asarray(table["flag_not_drawn"]) & (cutouts.masked_fraction[:, 0] == 0)
+        rows = np.flatnonzero(clean)
+        magnitude = np.asarray(table["magnitude"])[rows]
+        shown = np.empty(0, dtype=int)
+        if len(rows):
+            low, high = np.quantile(magnitude, [0.005, 0.5])
+            steps = np.linspace(low, high, self.config.nShown)
+            shown = np.unique([np.abs(magnitude - step).argmin() for step in steps])
+            shown = rows[shown[np.argsort(magnitude[shown])]]
+        return plot_pairs(cutouts[shown], table[shown])
+
     def _draw_noise(self, cutout: Cutouts) -> np.ndarray:
         """Return the noise of a stamp, which depends on the object only."""
         if not self.config.doNoise:
@@ -359,3 +405,35 @@ class CvaeGalaxyTask(PipelineTask):
         }
         for name, value in values.items():
             table[name][rows] = value
+
+
+def describe_galaxies(table: Table) -> str:
+    """Return a summary of the galaxies of a patch, to print.
+
+    Parameters
+    ----------
+    table
+        What `CvaeGalaxyTask` writes.
+    """
+    drawn = table[~np.asarray(table["flag_not_drawn"])]
+    model = f"{table['model_name'][0]} {table['model_version'][0]}" if len(table) else "no model"
+    lines = [
+        f"{len(drawn)} drawn from {model}, {int(drawn['flag_outside'].sum())} of them clipped to its "
+        f"training set; {len(table) - len(drawn)} objects could not be drawn."
+    ]
+    edges = [-np.inf, 20, 21, 22, 23, 24, np.inf]
+    rows = Table(
+        names=("magnitude", "galaxies", "radius", "redshift", "flux"), dtype=("U9", int, *3 * ["U6"])
+    )
+    in_stamp = np.nansum(np.asarray(drawn["image"])[:, 0], axis=(1, 2)) / np.asarray(drawn["flux"])
+    for low, high in itertools.pairwise(edges):
+        chosen = (drawn["magnitude"] >= low) & (drawn["magnitude"] < high)
+        if chosen.any():
+            name = f"{low:.0f} to {high:.0f}".replace("-inf to", "below").replace("to inf", "and more")
+            values = drawn["half_light_radius"][chosen], drawn["redshift"][chosen], in_stamp[chosen]
+            rows.add_row([name, int(chosen.sum()), *(f"{np.median(value):.2f}" for value in values)])
+    lines += rows.pformat(max_lines=-1, max_width=-1)
+    lines.append(
+        "(medians: half-light radius in arcsec, redshift, flux in the stamp over that of the object)"
+    )
+    return "\n".join(lines)

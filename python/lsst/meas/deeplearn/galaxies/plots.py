@@ -23,7 +23,7 @@
 
 from __future__ import annotations
 
-__all__ = ("plot_gallery", "plot_statistics")
+__all__ = ("plot_gallery", "plot_pairs", "plot_statistics")
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -36,6 +36,7 @@ from lsst.utils.plotting import make_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..cutouts import Cutouts
     from .comparison import Sample
 
 TITLES: Mapping[str, str] = {
@@ -108,6 +109,39 @@ def plot_gallery(
         radius, magnitude, redshift = conditions[row]
         ax.set_title(f'{radius:.2f}" {magnitude:.1f}\nz {redshift:.2f}', fontsize=7)
     figure.subplots_adjust(left=0.06, right=0.99, top=0.88, bottom=0.02, wspace=0.05, hspace=0.05)
+    return figure
+
+
+def plot_pairs(cutouts: Cutouts, table: Table) -> Figure:
+    """Show objects of a coadd, and below each what was drawn for it.
+
+    Parameters
+    ----------
+    cutouts
+        Stamps of the objects.
+    table
+        What `CvaeGalaxyTask` writes about them, in this order.
+    """
+    figure = make_figure(figsize=(1.15 * max(len(table), 1) + 0.9, 2.9))
+    if not len(table):
+        return figure
+    axes = figure.subplots(2, len(table), squeeze=False)
+    lines = zip(("Coadd", "CVAE"), (cutouts.image, np.asarray(table["image"])), axes, strict=True)
+    for name, images, line in lines:
+        line[0].set_ylabel(name, fontsize=8)
+        for ax, image, real, variance in zip(
+            line, images[:, 0], cutouts.image[:, 0], cutouts.variance[:, 0], strict=True
+        ):
+            level = SOFTENING * np.sqrt(np.median(variance))
+            middle = slice(len(real) // 2 - 4, len(real) // 2 + 5)
+            top = np.arcsinh(real[middle, middle].max() / level)
+            ax.imshow(np.arcsinh(image / level), origin="lower", cmap="gray", vmin=-0.5, vmax=top)
+            ax.set_xticks([])
+            ax.set_yticks([])
+    for ax, row in zip(axes[0], table, strict=True):
+        title = f'{row["half_light_radius"]:.2f}" {row["magnitude"]:.1f}\nz {row["redshift"]:.2f}'
+        ax.set_title(title, fontsize=7)
+    figure.subplots_adjust(left=0.06, right=0.99, top=0.84, bottom=0.02, wspace=0.05, hspace=0.05)
     return figure
 
 
