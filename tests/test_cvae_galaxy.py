@@ -365,6 +365,16 @@ def test_batch_outside_the_training_set(
         run_config_file(config)
 
 
+@pytest.mark.parametrize("value", [float("nan"), 0.0, -3.0])
+def test_batch_without_flux(model_file: str, tmp_path: Path, value: float) -> None:
+    """A flux that is missing, zero or negative is named with its row."""
+    flux = np.full(9, 5.0)
+    flux[4] = value
+    config = make_catalog_config(model_file, tmp_path, flux=flux)
+    with pytest.raises(ValueError, match="1 of 9 .* no positive flux in column 'flux', such as row 4"):
+        run_config_file(config)
+
+
 def test_yaml_with_processes(model_file: str, tmp_path: Path) -> None:
     """One and two processes, and another order, draw the same galaxies."""
     config = make_config(model_file, tmp_path)

@@ -205,7 +205,8 @@ class CvaeGalaxy(galsim.GSObject):
     seed
         Seed of the shape and of the orientation, not negative.
     flux
-        Flux of the profile; that of the magnitude in nJy by default.
+        Flux of the profile, of any sign as with other profiles; that of the
+        magnitude in nJy by default.
     gsparams
         Accuracy of drawing.
     image
@@ -414,6 +415,8 @@ class CvaeCatalog:
     ConditionError
         Raised for conditions that no galaxy has, and for those outside the
         training set unless told otherwise.
+    ValueError
+        Raised for fluxes that are missing, zero or negative.
     """
 
     _req_params: ClassVar[dict[str, type]] = {"model": str, "file_name": str}
@@ -448,10 +451,15 @@ class CvaeCatalog:
         columns = [half_light_radius, magnitude, redshift, *([flux] if flux else [])]
         if missing := [name for name in columns if name not in table.colnames]:
             raise KeyError(f"{file_name} has no columns {missing}; it has {table.colnames}.")
-        self._conditions = np.column_stack(
-            [np.ma.filled(np.ma.asarray(table[name], dtype=np.float64), np.nan) for name in columns[:3]]
-        )
-        self._fluxes = None if flux is None else np.asarray(table[flux], dtype=np.float64)
+        values = [np.ma.filled(np.ma.asarray(table[name], dtype=np.float64), np.nan) for name in columns]
+        self._conditions = np.column_stack(values[:3])
+        self._fluxes = None if flux is None else values[3]
+        if self._fluxes is not None and not (valid := self._fluxes > 0).all():
+            row = int(np.flatnonzero(~valid)[0])
+            raise ValueError(
+                f"{(~valid).sum()} of {len(valid)} galaxies of {file_name} have no positive flux in column "
+                f"{flux!r}, such as row {row} with {self._fluxes[row]}.  Leave them out."
+            )
         seed = rng.raw()
         seeds = np.random.SeedSequence(seed).generate_state(len(table), np.uint64) >> np.uint64(1)
         self._seeds = seeds.astype(np.int64)
