@@ -34,7 +34,6 @@ __all__ = ("Detections", "MetaDetection", "compute_blended_sums", "draw_scene")
 import dataclasses
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 from scipy import fft

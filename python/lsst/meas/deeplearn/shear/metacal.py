@@ -48,6 +48,7 @@ from __future__ import annotations
 __all__ = ("DERIVATIVES", "Metacalibration", "compute_target_fwhm")
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -103,6 +104,9 @@ _OPPOSITE = [0, 2, 1, 4, 3]
 # Number of derivatives up to the second order.
 _N_QUADRATIC = 6
 
+# Those of them that shapes follow from.
+_EVEN_QUADRATIC = (0, 3, 4, 5)
+
 # Derivatives of the versions that shapes follow from.
 _VERSION_ORDER = 4
 
@@ -115,7 +119,7 @@ _ROTATED_FROM = [DERIVATIVES.index((b, a)) for a, b in DERIVATIVES]
 _ROTATED_SIGN = np.array([(-1.0) ** a for a, b in DERIVATIVES])
 
 # Objects of which shapes are computed at once.
-_CHUNK = 4096
+_CHUNK = 2048
 
 
 class Metacalibration:
@@ -216,7 +220,7 @@ class Metacalibration:
                 None if noise_correlation is None else np.rot90(noise_correlation),
             )
         )
-        self._complete = self._to_double(_make_completion())
+        self._complete = self._to_dtype(_make_completion(), dtype)
         self._versions = self._to_double(_make_versions(step))
         self._shears = self._to_double(_make_shears(step))
 
@@ -384,7 +388,8 @@ class Metacalibration:
         quotient[_ODD] *= 1j
         # A forward transform: the other sign than for a function of x.
         kernels = np.fft.irfft2(np.conj(quotient), s=(size, size), norm="forward")
-        # The PSF, which was divided by, has its centre where stamps have it.
+        # Their centre is the first pixel.
+        kernels = np.roll(kernels, self.stamp_size // 2, axis=(1, 2))
         return kernels[:, : self.stamp_size, : self.stamp_size].copy()
 
     def _make_filters(self, kx: np.ndarray, ky: np.ndarray) -> np.ndarray:
@@ -402,11 +407,11 @@ class Metacalibration:
     def _transform_psf(self, psf: np.ndarray) -> np.ndarray:
         """Return the modes of a PSF, complex128, shape ``(modes,)``."""
         self._check_size(psf)
-        kernel = self._to_double(psf)
-        modes, edge = self._transform(kernel[None], self._make_grid(1, torch.float64))
-        if message := self._find_fault(_compute_power(modes), edge)[1]:
+        star = self._to_double(psf)[None]
+        real, imag = self._transform(star, *self._make_waves(star.shape[-1], torch.float64))
+        if message := self._find_fault(star, real**2 + imag**2)[1]:
             raise ValueError(message)
-        result: np.ndarray = modes[0].cpu().numpy()
+        result: np.ndarray = torch.complex(real, imag)[0].cpu().numpy()
         return result
 
     def _compute_covariance(self, power: np.ndarray) -> np.ndarray:
@@ -462,53 +467,63 @@ class Metacalibration:
         n = len(stamps)
         moments = torch.empty((n, len(filters)), dtype=torch.float64, device=self._device)
         variance = torch.empty(n, dtype=torch.float64, device=self._device)
-        grids = [self._make_grid(min(n, self._batch_size)) for _ in range(2)]
+        waves = [self._make_waves(side, self._dtype) for side in (stamps.shape[-1], psf.shape[-1])]
         for start in range(0, n, self._batch_size):
             batch = slice(start, min(start + self._batch_size, n))
-            psf_modes, edge = self._transform(self._to_tensor(psf[batch]), grids[0])
-            power = _compute_power(psf_modes)
-            # Stamps and PSFs have the same centre, so its phase cancels.
-            quotient = self._transform(stamps[batch], grids[1])[0].div_(psf_modes)  # (N, modes)
-            moments[batch, _EVEN] = (quotient.real @ to_even).to(torch.float64)
-            moments[batch, _ODD] = (quotient.imag @ to_odd).to(torch.float64)
-            variance[batch] = (power.reciprocal() @ to_variance).to(torch.float64)
-            moments[batch][self._find_fault(power, edge)[0]] = torch.nan
+            stars = self._to_tensor(psf[batch])
+            a, b = self._transform(stamps[batch], *waves[0])
+            c, d = self._transform(stars, *waves[1])
+            # (a + i b) / (c + i d) by real numbers, which is faster.
+            power = (c * c).addcmul_(d, d)
+            inverse = power.reciprocal()
+            real, imag = (a * c).addcmul_(b, d), (b * c).addcmul_(a, d, value=-1)
+            moments[batch, _EVEN] = (real.mul_(inverse) @ to_even).to(torch.float64)
+            moments[batch, _ODD] = (imag.mul_(inverse) @ to_odd).to(torch.float64)
+            variance[batch] = (inverse @ to_variance).to(torch.float64)
+            moments[batch][self._find_fault(stars, power)[0]] = torch.nan
         return moments, variance
 
-    def _make_grid(self, n: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return zeros for `_transform` to work in."""
-        shape = (n, self._grid_size, self._grid_size)
-        return torch.zeros(shape, dtype=self._dtype if dtype is None else dtype, device=self._device)
+    def _make_waves(self, side: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the matrices of `_transform` for images of odd side."""
+        place, n = np.arange(side) - side // 2, self._n_modes
+        phase = 2 * np.pi / self._grid_size * np.outer(place, np.r_[:n, -1:-n:-1])
+        cos, sin = np.cos(phase), np.sin(phase)  # (pixels, 2 n - 1)
+        along_x = np.hstack([cos[:, :n], -sin[:, :n]])
+        # Real and imaginary parts take turns, as in the rows of a product
+        # with the first matrix.
+        real, imag = (np.stack(parts, axis=1).reshape(2 * side, -1) for parts in ((cos, sin), (-sin, cos)))
+        along_y = np.hstack([real, imag]).T
+        return self._to_dtype(along_x, dtype), self._to_dtype(along_y, dtype)
 
-    def _transform(self, stamps: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the Fourier modes of stamps or smaller images of stars.
+    def _transform(self, images: Tensor, along_x: Tensor, along_y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the Fourier modes of images about their central pixel.
+
+        As matrix products: few modes are needed, so that it is faster than a
+        fast Fourier transform.
 
         Parameters
         ----------
-        stamps
-            Images with the same centre as the stamps, shape ``(N, y, x)``.
-        grid
-            Zeros around the images, for at least as many of the same shape.
+        images
+            Stamps or images of stars, shape ``(N, y, x)``.
+        along_x, along_y
+            From `_make_waves`.
 
         Returns
         -------
-        modes
-            Those of low frequency, shape ``(N, modes)``.
-        edge
-            Those of the highest frequency along x, shape ``(N, y)``.
+        real, imag
+            Modes of low frequency, shape ``(N, modes)``.
         """
-        side, size, n = stamps.shape[-1], self._grid_size, self._n_modes
-        start = (self.stamp_size - side) // 2
-        grid = grid[: len(stamps)]
-        grid[:, start : start + side, start : start + side] = stamps
-        modes = torch.fft.rfft2(grid)
-        low = torch.cat([modes[:, :n, :n], modes[:, size - n + 1 :, :n]], dim=1)
-        return low.flatten(1), modes[:, :, -1]
+        half = images @ along_x  # (N, y, 2 kx)
+        modes = along_y @ half.view(len(images), -1, self._n_modes)  # (N, 2 ky, kx)
+        real, imag = modes.split(len(along_y) // 2, dim=1)
+        return real.flatten(1), imag.flatten(1)
 
     @property
     def _rows(self) -> np.ndarray:
-        """Rows of the Fourier plane with modes of low frequency."""
-        return np.r_[: self._n_modes, self._grid_size - self._n_modes + 1 : self._grid_size]
+        """Rows of the Fourier plane with modes of low frequency, ky and then
+        minus ky.
+        """
+        return np.r_[: self._n_modes, -1 : -self._n_modes : -1]
 
     def _check_size(self, psf: np.ndarray) -> None:
         """Raise ValueError if a PSF does not fit into the stamps."""
@@ -519,13 +534,17 @@ class Metacalibration:
                 f"the stamps, {self.stamp_size}."
             )
 
-    def _find_fault(self, power: Tensor, edge: Tensor) -> tuple[Tensor, str]:
-        """Return which PSFs are not usable, and what is wrong with one."""
+    def _find_fault(self, stars: Tensor, power: Tensor) -> tuple[Tensor, str]:
+        """Return which PSFs, whose modes have this power, are not usable, and
+        what is wrong with one.
+        """
         target = np.exp(-((self.target_fwhm / _FWHM) ** 2) * self._k2.ravel())
         ratio = torch.as_tensor(target, dtype=power.dtype, device=power.device) / power
         flux = power[:, 0]
         amplification = torch.sqrt(ratio.amax(dim=1) * flux)
-        at_edge = torch.sqrt(_compute_power(edge).amax(dim=1) / flux)
+        # The highest frequency along x, at the lowest along y.
+        signs = 1.0 - 2.0 * (torch.arange(stars.shape[-1], dtype=stars.dtype, device=stars.device) % 2)
+        at_edge = torch.abs(stars.sum(dim=1) @ signs) / torch.sqrt(flux)
         unknown = ~torch.isfinite(amplification)
         undersampled = at_edge > MAX_NYQUIST
         wide = amplification > MAX_AMPLIFICATION
@@ -558,29 +577,34 @@ class Metacalibration:
         """Return the parts of `Shapes` for moments of shape ``(28, N)``, or
         ``(56, N)`` with those of noise that is sheared the other way.
         """
-        grids = [self._complete @ part for part in moments.split(len(DERIVATIVES))]  # (81, N)
-        limit = CENTROID_SNR * flux_sigma
+        # Where the weight is need not be known better than the moments.
+        grids = [self._complete @ part for part in moments.to(self._dtype).split(len(DERIVATIVES))]  # (81, N)
+        limit = (CENTROID_SNR * flux_sigma).to(self._dtype)
         # Every version takes both steps by itself, as if it were an image:
         # the first one from the centre.
         centered = torch.stack(self._make_versions(grids, _N_QUADRATIC)).sum(dim=0)
         x, y = (step.clamp(-MAX_SHIFT, MAX_SHIFT) for step in _step_to_maximum(centered, limit))  # (5, N)
         # Most of the way is the same for all.
         start = torch.stack([x[0], y[0]])
-        grids = [_translate(grid, *start) for grid in grids]
+        grids = [_translate(grid, *start).to(torch.float64) for grid in grids]
         near = self._make_versions(grids, self._versions.shape[1])
         # A shear moves the points where derivatives have become known.
+        start = start.to(torch.float64)
         known = [matrices @ start for matrices in (self._shears, self._shears[_OPPOSITE])]  # (5, 2, N)
+        shifts = [(x - point[:, 0], y - point[:, 1]) for point in known]
 
-        def evaluate(x: Tensor, y: Tensor) -> Tensor:
-            # (6, 5, N)
+        def evaluate(
+            step_x: Tensor | float, step_y: Tensor | float, rows: Sequence[int], dtype: torch.dtype
+        ) -> Tensor:
+            # (rows, 5, N)
             parts = [
-                _expand(part, x - point[:, 0], y - point[:, 1])
-                for part, point in zip(near, known, strict=False)
+                _expand(part.to(dtype), (dx + step_x).to(dtype), (dy + step_y).to(dtype), rows)
+                for part, (dx, dy) in zip(near, shifts, strict=False)
             ]
             return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
-        step_x, step_y = _step_to_maximum(evaluate(x, y), limit)
-        flux, _, _, xx, xy, yy = evaluate(x + step_x, y + step_y)
+        step_x, step_y = _step_to_maximum(evaluate(0.0, 0.0, range(_N_QUADRATIC), self._dtype), limit)
+        flux, xx, xy, yy = evaluate(step_x, step_y, _EVEN_QUADRATIC, torch.float64)
 
         share = self._weight_var / (self._weight_var + self._target_var)
         denominator = flux + self.regularization * flux_sigma
@@ -603,13 +627,19 @@ class Metacalibration:
         of an image and of noise that is sheared the other way.
         """
         matrices = (self._versions[:, :n_rows], self._versions[_OPPOSITE, :n_rows])
-        return [(matrix @ grid).transpose(0, 1) for matrix, grid in zip(matrices, grids, strict=False)]
+        return [
+            (matrix.to(grid.dtype) @ grid).transpose(0, 1)
+            for matrix, grid in zip(matrices, grids, strict=False)
+        ]
 
     def _to_tensor(self, images: np.ndarray) -> Tensor:
         return torch.as_tensor(images, dtype=self._dtype, device=self._device)
 
     def _to_double(self, array: np.ndarray) -> Tensor:
-        return torch.as_tensor(np.ascontiguousarray(array), dtype=torch.float64, device=self._device)
+        return self._to_dtype(array, torch.float64)
+
+    def _to_dtype(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(np.ascontiguousarray(array), dtype=dtype, device=self._device)
 
 
 def _step_to_maximum(derivatives: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
@@ -621,22 +651,23 @@ def _step_to_maximum(derivatives: Tensor, limit: Tensor) -> tuple[Tensor, Tensor
     # The negative Hessian: its mean, and what is different along two axes.
     mean = torch.maximum(softened - flux - (xx + yy) / 2, 0.2 * softened)
     plus, cross = (yy - xx) / 2, -xy
-    scale = (0.7 * mean / torch.hypot(plus, cross).clamp(min=1e-300)).clamp(max=1.0)
+    scale = (0.7 * mean / torch.hypot(plus, cross).clamp(min=1e-30)).clamp(max=1.0)
     plus, cross = scale * plus, scale * cross
     determinant = mean**2 - plus**2 - cross**2
     return ((mean - plus) * x - cross * y) / determinant, ((mean + plus) * y - cross * x) / determinant
 
 
-def _expand(derivatives: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
-    """Return derivatives up to the second order near by, from those up to the
-    fourth; shape ``(6, 5, N)`` from ``(15, 5, N)``.
+def _expand(derivatives: Tensor, dx: Tensor, dy: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return some of the derivatives near by, shape ``(rows, 5, N)``, from
+    those up to the fourth order, shape ``(15, 5, N)``.
     """
-    result = derivatives[:_N_QUADRATIC].clone()
-    power_x, power_y = (torch.stack([torch.ones_like(d), d, d**2 / 2, d**3 / 6, d**4 / 24]) for d in (dx, dy))
-    for row, (a, b) in enumerate(DERIVATIVES[:_N_QUADRATIC]):
-        for source, (i, j) in enumerate(DERIVATIVES[: len(derivatives)]):
-            if i >= a and j >= b and i + j > a + b:
-                result[row] += power_x[i - a] * power_y[j - b] * derivatives[source]
+    powers = [[d**n / math.factorial(n) if n > 1 else d for n in range(5)] for d in (dx, dy)]
+    result = derivatives[list(rows)]
+    for i, j in DERIVATIVES[1 : len(derivatives)]:
+        term = powers[0][i] if j == 0 else powers[1][j] if i == 0 else powers[0][i] * powers[1][j]
+        for row, (a, b) in zip(result, (DERIVATIVES[row] for row in rows), strict=True):
+            if a + b + i + j <= _VERSION_ORDER:
+                row.addcmul_(term, derivatives[DERIVATIVES.index((a + i, b + j))])
     return result
 
 
@@ -714,12 +745,6 @@ def _make_versions(step: float) -> np.ndarray:
             row[:m, :m] = operator[:m, :m]
             rows.append(row.ravel())
     return np.array(rows).reshape(len(STEPS), -1, side**2)
-
-
-def _compute_power(modes: Tensor) -> Tensor:
-    """Return squared amplitudes; faster than the square of `abs`."""
-    real, imag = modes.real, modes.imag
-    return real * real + imag * imag
 
 
 def _find_fast_size(size: int) -> int:
