@@ -41,7 +41,7 @@ import numpy as np
 import torch
 
 from lsst.meas.deeplearn.galaxies.render import FineImages, Renderer
-from lsst.meas.deeplearn.shear.estimators import Regauss
+from lsst.meas.deeplearn.shear.estimators import AnaCal, Regauss
 from lsst.meas.deeplearn.shear.metacal import Metacalibration
 from lsst.meas.deeplearn.shear.morphologies import ParametricGalaxies, make_profile
 from lsst.meas.deeplearn.shear.shapes import STEPS
@@ -80,6 +80,24 @@ def draw_by_galsim(profiles: list[galsim.GSObject], scene: Scene) -> None:
         sheared.drawImage(nx=scene.stamp_size, ny=scene.stamp_size, scale=PIXEL_SCALE, method="no_pixel")
 
 
+def make_anacal(
+    stamps: np.ndarray, noise: np.ndarray, psf: np.ndarray
+) -> dict[str, tuple[Callable[[], object], int]]:
+    """Return what measures stamps by AnaCal, if it is installed."""
+    try:
+        anacal = AnaCal(pixel_scale=PIXEL_SCALE)
+    except ImportError:
+        return {}
+    n = len(stamps)
+    return {
+        "AnaCal": (lambda: anacal.measure(stamps, psf, noise_sigma=1.0), n),
+        "... its noise correction": (
+            lambda: anacal.measure(stamps, psf, noise_sigma=1.0, fixnoise=noise),
+            n,
+        ),
+    }
+
+
 def compute_rate(function: Callable[[], object], n: int, clock: Callable[[], float], seconds: float) -> float:
     """Return how many stamps a second a function does, n in each call."""
     function()
@@ -94,7 +112,7 @@ def main() -> None:
     """Draw galaxies, measure them again and again, print rates."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=63, help="side of the stamps in pixels, odd")
-    parser.add_argument("--stamps", type=int, default=4096, help="stamps in a batch")
+    parser.add_argument("--stamps", type=int, default=8192, help="stamps in a batch")
     parser.add_argument("--seconds", type=float, default=3.0, help="time to spend on each estimator")
     parser.add_argument("--device", default="cpu", help="device of torch: cpu or cuda")
     args = parser.parse_args()
@@ -114,7 +132,9 @@ def main() -> None:
     pictures = [galsim.InterpolatedImage(galsim.Image(array, scale=0.06)) for array in small.array]
     renderer = Renderer(scene.psf, small, size=args.size, pixel_scale=PIXEL_SCALE, shear=ARM[:2])
     psf = scene.draw_psf()
-    psfs = np.repeat(psf[None].astype(np.float32), len(many), axis=0)
+    # Of the size that the tasks use.
+    small_psf = Scene(scene.psf, PIXEL_SCALE, 35).draw_psf()
+    psfs = np.repeat(small_psf[None].astype(np.float32), len(many), axis=0)
     metacal = Metacalibration(
         pixel_scale=PIXEL_SCALE,
         stamp_size=args.size,
@@ -128,6 +148,7 @@ def main() -> None:
     cases: dict[str, tuple[Callable[[], object], int]] = {
         "metacalibration by GalSim": (lambda: measure_by_galsim(few[:8], psf), 8),
         "re-Gaussianization": (lambda: regauss.measure(few, psf), m),
+        **make_anacal(many[:1024], noise[:1024], psf),
         "metacalibration, one PSF": (lambda: metacal.measure(many, psf, noise_sigma=1.0), n),
         "... with noise correction": (
             lambda: metacal.measure(many, psf, noise_sigma=1.0, fixnoise=noise),

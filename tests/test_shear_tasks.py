@@ -140,6 +140,42 @@ def test_same_seed_same_sums(coadd: MultibandCoadd, sums: Table) -> None:
     assert not np.array_equal(other["sum_we1"], sums["sum_we1"])
 
 
+def make_objects(magnitudes: list[float]) -> Table:
+    """Return an object table; the last object is a star."""
+    flux = 10 ** (-0.4 * (np.array(magnitudes) - 31.4))
+    extended = np.array((len(flux) - 1) * [1.0] + [0.0])
+    return Table({"i_cModelFlux": flux, "i_extendedness": extended, "detect_isPrimary": extended >= 0})
+
+
+def test_magnitudes_of_the_patch(coadd: MultibandCoadd) -> None:
+    """Galaxies have the magnitudes of those of the patch; there must be
+    some.
+    """
+    config = make_config(doMatchObjects=True, nPlaces=2, magnitudeBins=[20.0, 21.0, 21.5, 22.0])
+    task = ShearCalibTask(config=config)
+    sums = task.run(coadd, objects=make_objects([21.1, 21.2, 21.3, 20.5])).sums
+    n = {label: sums[sums["bin"] == label]["n"].sum() for label in set(sums["bin"])}
+    assert n["magnitude_21_21.5"] == n["all"] > 0
+    # Three galaxies on the patch.
+    side = coadd.pixel_scale / 60
+    assert task.metadata["density"] == pytest.approx(
+        3 / (coadd.bbox.x.size * coadd.bbox.y.size * side**2), rel=0.1
+    )
+    with pytest.raises(NoWorkFound, match="has 2 galaxies between"):
+        task.run(coadd, objects=make_objects([21.1, 21.2, 20.5]))
+
+
+def test_blended_scenes(coadd: MultibandCoadd) -> None:
+    """Scenes with detection are samples of their own, each a block."""
+    config = make_config(nBlendScenes=2, nPlaces=1, morphologies=["sersic"], blendDensity=40.0)
+    sums = ShearCalibTask(config=config).run(coadd, patch=3).sums
+    blended = sums[np.isin(sums["estimator"], ["metadetection", "no_detection"])]
+    assert set(blended["block"]) == {6000, 6001}
+    assert set(blended["bin"]) == {"all"}
+    assert len(blended) == 2 * 2 * 4 * 5
+    assert blended["n"].sum() > 0
+
+
 def test_bias_of_a_tract(sums: Table) -> None:
     """Every sample has a row, and so has each difference from the reference;
     bins without objects are flagged.

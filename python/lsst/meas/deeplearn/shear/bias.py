@@ -35,10 +35,11 @@ where p is the shear of the PSF of the arm beside that of the scene.
 
 from __future__ import annotations
 
-__all__ = ("PARAMETERS", "ShearBias", "ShearSums", "fit_bias")
+__all__ = ("PARAMETERS", "ShearBias", "ShearSums", "fit_bias", "make_table")
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import astropy.units as u
 import numpy as np
@@ -357,6 +358,22 @@ def fit_bias(
         flag=bool(reason),
         reason=reason,
     )
+
+
+def make_table(columns: Mapping[str, tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return results as a table.
+
+    Parameters
+    ----------
+    columns
+        Type and description of each column.
+    rows
+        Values of all columns in each row.
+    """
+    table = Table()
+    for name, (dtype, description) in columns.items():
+        table[name] = Column(np.array([row[name] for row in rows], dtype=dtype), description=description)
+    return table
 
 
 class _BiasModel:

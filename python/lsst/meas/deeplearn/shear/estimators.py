@@ -19,17 +19,19 @@
 # You should have received a copy of the GNU General Public License
 # along with this program.  If not, see <https://www.gnu.org/licenses/>.
 
-"""What a shear estimator is, and one that is not calibrated."""
+"""What a shear estimator is, one that is not calibrated, and AnaCal."""
 
 from __future__ import annotations
 
-__all__ = ("LinearEstimator", "Regauss", "ShearEstimator")
+__all__ = ("AnaCal", "LinearEstimator", "Regauss", "ShearEstimator")
 
+import math
 from typing import Protocol, runtime_checkable
 
 import galsim
 import numpy as np
 
+from ..scene import AB_ZERO_POINT
 from .shapes import STEPS, Shapes
 
 _VERSIONS = np.array([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)])
@@ -209,3 +211,128 @@ class Regauss:
             weight=np.where(bad, 0.0, 1.0)[:, None].repeat(len(STEPS), axis=1),
             bad=bad,
         )
+
+
+class AnaCal:
+    """Shapes by the FPFS estimator of AnaCal, an independent check.
+
+    Fourier power function shapelets (Li & Mandelbaum 2023, arXiv:2208.10522)
+    with analytical responses and its own correction for noise (Li et al.
+    2025, arXiv:2408.06337), by the package of the authors (GPL-3).  The
+    versions under artificial shear are the first order of the responses.
+
+    Objects must be at the centre of their stamps under shear, too: there is
+    no response of the centroid.
+
+    Parameters
+    ----------
+    pixel_scale
+        Side of a pixel in arcsec.
+    smoothing
+        Standard deviation in arcsec of the Gaussian that images are smoothed
+        with; ``sigma_shapelets1`` of AnaCal.
+    step
+        Shear of the artificial versions.
+
+    Raises
+    ------
+    ImportError
+        Raised if AnaCal is not installed.
+    """
+
+    def __init__(self, *, pixel_scale: float, smoothing: float = 0.52, step: float = 0.01) -> None:
+        try:
+            import anacal
+        except ImportError as err:
+            raise ImportError(
+                "This estimator requires the optional 'anacal' package.  Install it directly or via "
+                "'pip install meas-deeplearn[anacal]'."
+            ) from err
+        self._fpfs = anacal.fpfs
+        self.pixel_scale = pixel_scale
+        self.smoothing = smoothing
+        self.step = step
+
+    def measure(
+        self,
+        images: np.ndarray,
+        psf: np.ndarray,
+        *,
+        noise_sigma: np.ndarray | float = 0.0,
+        fixnoise: np.ndarray | None = None,
+    ) -> Shapes:
+        """Return the shapes of stamps.
+
+        Parameters
+        ----------
+        images, psf, noise_sigma, fixnoise
+            As for `ShearEstimator.measure`; images in nJy.  Stamps with a
+            PSF or a noise of their own are measured one by one.
+        """
+        stamps = np.asarray(images, dtype=np.float64)
+        n = len(stamps)
+        sigmas = np.broadcast_to(np.asarray(noise_sigma, dtype=np.float64), n)
+        good = np.isfinite(stamps).all(axis=(1, 2))
+        e, snr = np.full((n, len(STEPS), 2), np.nan), np.full((n, len(STEPS)), np.nan)
+        if np.ndim(psf) == 2 and np.ndim(noise_sigma) == 0:
+            groups = [np.flatnonzero(good)]
+        else:
+            groups = [np.array([k]) for k in np.flatnonzero(good)]
+        for group in filter(len, groups):
+            star = np.asarray(psf if np.ndim(psf) == 2 else psf[group[0]], dtype=np.float64)
+            noise = None if fixnoise is None else fixnoise[group]
+            e[group], snr[group] = self._measure(stamps[group], star, float(sigmas[group[0]]), noise)
+        bad = ~np.isfinite(e).all(axis=(1, 2))
+        return Shapes(
+            self.step,
+            e=e,
+            snr=snr,
+            size=np.full((n, len(STEPS)), np.nan),
+            weight=np.where(bad, 0.0, 1.0)[:, None].repeat(len(STEPS), axis=1),
+            bad=bad,
+        )
+
+    def _measure(
+        self, stamps: np.ndarray, psf: np.ndarray, noise_sigma: float, fixnoise: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return ellipticities and signal to noise of all versions."""
+        image, places = _make_mosaic(stamps)
+        side = stamps.shape[-1] + 1
+        star = np.zeros((side, side))
+        first = side // 2 - len(psf) // 2
+        star[first : first + len(psf), first : first + len(psf)] = psf
+        result = self._fpfs.process_image(
+            fpfs_config=self._fpfs.FpfsConfig(npix=side, sigma_shapelets1=self.smoothing),
+            pixel_scale=self.pixel_scale,
+            # Without noise it only sets the unit of the signal to noise.
+            noise_variance=noise_sigma**2 or 1.0,
+            mag_zero=AB_ZERO_POINT,
+            gal_array=image,
+            psf_array=star,
+            noise_array=None if fixnoise is None else _make_mosaic(fixnoise)[0],
+            detection=places,
+        )
+
+        def make_versions(name: str, derivative: str) -> np.ndarray:
+            change = np.stack([result[f"{derivative}_dg1"], result[f"{derivative}_dg2"]])
+            versions: np.ndarray = result[name][:, None] + self.step * (_VERSIONS @ change).T
+            return versions
+
+        e = np.stack([make_versions(f"fpfs1_e{i}", f"fpfs1_de{i}") for i in (1, 2)], axis=-1)
+        snr = make_versions("s2n_fpfs1", "ds2n_fpfs1") if noise_sigma else np.full(e.shape[:2], np.inf)
+        return e, snr
+
+
+def _make_mosaic(stamps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return an image of stamps side by side in even cells, and the places of
+    their centres.
+    """
+    n, size, _ = stamps.shape
+    columns, cell = math.isqrt(max(n - 1, 0)) + 1, size + 1
+    image = np.zeros((columns * cell, columns * cell), dtype=np.float32)
+    places = np.empty(n, dtype=[("y", "i4"), ("x", "i4")])
+    for k, stamp in enumerate(stamps):
+        y, x = (cell * index for index in divmod(k, columns))
+        image[y + 1 : y + cell, x + 1 : x + cell] = stamp
+        places[k] = (y + cell // 2, x + cell // 2)
+    return image, places

@@ -538,7 +538,7 @@ class Metacalibration:
         """Return which PSFs, whose modes have this power, are not usable, and
         what is wrong with one.
         """
-        target = np.exp(-((self.target_fwhm / _FWHM) ** 2) * self._k2.ravel())
+        target = np.exp(-self._target_var * self._k2)
         ratio = torch.as_tensor(target, dtype=power.dtype, device=power.device) / power
         flux = power[:, 0]
         amplification = torch.sqrt(ratio.amax(dim=1) * flux)

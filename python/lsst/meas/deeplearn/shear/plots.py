@@ -48,6 +48,10 @@ QUANTITIES = {
 """What bins are in, and the labels of their axes."""
 
 
+LADDER = ("sersic", "bulge_disk", "knots", "real", "cvae")
+"""Morphologies from the simplest to the most complex, as they are shown."""
+
+
 def plot_bias_by_morphology(bias: Table) -> Figure:
     """Plot m and c of each morphology, a column for each estimator.
 
@@ -57,7 +61,7 @@ def plot_bias_by_morphology(bias: Table) -> Figure:
         The table ``bias`` of `ShearBiasTask`.
     """
     rows = bias[(bias["bin"] == "all") & (bias["reference"] == "")]
-    estimators, morphologies = (_get_unique(rows[name]) for name in ("estimator", "morphology"))
+    estimators, morphologies = _get_unique(rows["estimator"]), _sort(rows["morphology"])
     figure = make_figure(figsize=(1.5 + 3.6 * max(len(estimators), 1), 5.6), layout="constrained")
     axes = figure.subplots(2, max(len(estimators), 1), squeeze=False, sharex=True)
     for column, estimator in enumerate(estimators):
@@ -84,12 +88,15 @@ def plot_bias_by_morphology(bias: Table) -> Figure:
         axes[1, column].set_xticks(range(len(morphologies)), morphologies)
         axes[1, column].set_xlim(-0.5, len(morphologies) - 0.5)
     if len(rows):
-        axes[0, 0].legend(frameon=False, fontsize="small")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize="small")
     return figure
 
 
 def plot_bias_by_bin(bias: Table, estimator: str) -> Figure:
     """Plot the mean of m1 and m2 against what the bins are in.
+
+    Bins whose error is more than ten times the median may lie outside.
 
     Parameters
     ----------
@@ -102,22 +109,23 @@ def plot_bias_by_bin(bias: Table, estimator: str) -> Figure:
     quantities = [name for name in QUANTITIES if (rows["bin_quantity"] == name).any()]
     figure = make_figure(figsize=(1.0 + 3.0 * max(len(quantities), 1), 3.4), layout="constrained")
     axes = figure.subplots(1, max(len(quantities), 1), squeeze=False, sharey=True)[0]
-    morphologies = _get_unique(rows["morphology"])
+    morphologies = _sort(rows["morphology"])
+    m, error = 1e3 * (rows["m1"] + rows["m2"]) / 2, 1e3 * np.hypot(rows["m1_err"], rows["m2_err"]) / 2
     for axis, quantity in zip(axes, quantities, strict=False):
         axis.axhline(0.0, color="#d1d5db", zorder=0)
         axis.set_xlabel(QUANTITIES[quantity])
         for number, (morphology, color) in enumerate(zip(morphologies, COLORS, strict=False)):
-            chosen = rows[(rows["morphology"] == morphology) & (rows["bin_quantity"] == quantity)]
-            middle, half = (
-                (chosen["bin_high"] + chosen["bin_low"]) / 2,
-                (chosen["bin_high"] - chosen["bin_low"]) / 2,
-            )
-            shift = 0.12 * (number - (len(morphologies) - 1) / 2)
+            chosen = (rows["morphology"] == morphology) & (rows["bin_quantity"] == quantity)
+            low, high = rows["bin_low"][chosen], rows["bin_high"][chosen]
+            # Side by side within the bin, on an axis with a logarithm, too.
+            share = 0.5 + 0.12 * (number - (len(morphologies) - 1) / 2)
+            where = low * (high / low) ** share if quantity == "snr" else low + (high - low) * share
+            for edge in {*low, *high}:
+                axis.axvline(edge, color="#e5e7eb", linewidth=0.8, zorder=0)
             axis.errorbar(
-                middle + shift * half,
-                1e3 * (chosen["m1"] + chosen["m2"]) / 2,
-                1e3 * np.hypot(chosen["m1_err"], chosen["m2_err"]) / 2,
-                half,
+                where,
+                m[chosen],
+                error[chosen],
                 fmt="o",
                 markersize=4,
                 color=color,
@@ -125,10 +133,20 @@ def plot_bias_by_bin(bias: Table, estimator: str) -> Figure:
             )
         if quantity == "snr":
             axis.set_xscale("log")
-    axes[0].set_ylabel("m / 0.001")
+    axes[0].set_ylabel(f"m / 0.001, {estimator}")
+    usual = (error < 10 * np.median(error)) & (rows["bin_quantity"] != "") if len(rows) else []
+    if np.any(usual):
+        limit = 1.1 * float((np.abs(m) + error)[usual].max())
+        axes[0].set_ylim(-limit, limit)
     if morphologies:
-        axes[0].legend(frameon=False, fontsize="small", title=estimator)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize="small")
     return figure
+
+
+def _sort(morphologies: np.ndarray) -> list[str]:
+    """Return morphologies in the order of the ladder, others last."""
+    return sorted(_get_unique(morphologies), key=lambda name: (*LADDER, name).index(name))
 
 
 def _get_unique(names: np.ndarray) -> list[str]:

@@ -30,8 +30,7 @@ from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any, ClassVar
 
-import numpy as np
-from astropy.table import Column, Table, vstack
+from astropy.table import Table, vstack
 
 import lsst.pipe.base.connectionTypes as cT
 from lsst.pex.config import ChoiceField, Field, RangeField
@@ -45,7 +44,7 @@ from lsst.pipe.base import (
 )
 from lsst.pipe.base.connections import InputQuantizedConnection, OutputQuantizedConnection
 
-from .bias import PARAMETERS, ShearBias, ShearSums, fit_bias
+from .bias import PARAMETERS, ShearBias, ShearSums, fit_bias, make_table
 
 BIAS_COLUMNS: Mapping[str, tuple[str, str]] = {
     "morphology": ("U16", "Kind of simulated galaxies"),
@@ -223,9 +222,7 @@ class ShearBiasTask(PipelineTask):
             reference = samples.get((self.config.reference, *sample[1:]))
             if reference is not None and sample[0] != self.config.reference:
                 rows.append(self._make_row(sample, self.config.reference, self._fit(values, reference)))
-        bias = Table()
-        for name, (dtype, description) in BIAS_COLUMNS.items():
-            bias[name] = Column(np.array([row[name] for row in rows], dtype=dtype), description=description)
+        bias = make_table(BIAS_COLUMNS, rows)
         for row in bias[(bias["bin"] == "all") & (bias["reference"] == "") & ~bias["flag"]]:
             self.log.info(
                 "%s, %s: m1 = %.2e +- %.1e, m2 = %.2e +- %.1e, c1 = %.2e +- %.1e, c2 = %.2e +- %.1e.",
@@ -262,12 +259,7 @@ class ShearBiasTask(PipelineTask):
                     row[name] = factor * difference.values[name]
                     row[f"{name}_err"] = factor * difference.errors[name]
                 rows.append(row | {"flag": known.flag or difference.flag})
-        transfer = Table()
-        for name, (dtype, description) in TRANSFER_COLUMNS.items():
-            transfer[name] = Column(
-                np.array([row[name] for row in rows], dtype=dtype), description=description
-            )
-        return transfer
+        return make_table(TRANSFER_COLUMNS, rows)
 
     def _fit(self, sums: ShearSums, reference: ShearSums | None = None) -> ShearBias:
         """Fit the bias with the settings of the task."""

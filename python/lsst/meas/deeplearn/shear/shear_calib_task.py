@@ -50,9 +50,13 @@ from lsst.utils.logging import PeriodicLogger
 from ..coadds import MultibandCoadd
 from ..inference import torch_threads
 from ..model_package import MODEL_STORAGE_CLASS, ModelPackage
+from ..object_selection import column_names, select_objects
 from ..patch_inputs import PATCH_DIMENSIONS, CoaddConfig, CoaddConnections, compute_seed
+from ..scene import AB_ZERO_POINT
 
 if TYPE_CHECKING:
+    from lsst.daf.butler import DeferredDatasetHandle
+
     from .calibration import Bin
     from .estimators import ShearEstimator
     from .morphologies import Morphology
@@ -90,6 +94,13 @@ class ShearCalibConnections(CoaddConnections, dimensions=PATCH_DIMENSIONS):
         storageClass=MODEL_STORAGE_CLASS,
         dimensions=(),
     )
+    objects = cT.Input(
+        doc="Objects of the patch, whose magnitudes and number are those of the simulation.",
+        name="object_patch",
+        storageClass="ArrowAstropy",
+        dimensions=("skymap", "tract", "patch"),
+        deferLoad=True,
+    )
     sums = cT.Output(
         doc="Sums over simulated galaxies from which shear bias follows, a row for each morphology, "
         "estimator, bin, place in the patch, true shear and artificial shear (ShearSums.from_table).",
@@ -104,6 +115,8 @@ class ShearCalibConnections(CoaddConnections, dimensions=PATCH_DIMENSIONS):
         super().__init__(config=config)
         if "cvae" not in config.morphologies:
             del self.model
+        if not config.doMatchObjects:
+            del self.objects
 
 
 class ShearCalibConfig(CoaddConfig, pipelineConnections=ShearCalibConnections):
@@ -142,6 +155,30 @@ class ShearCalibConfig(CoaddConfig, pipelineConnections=ShearCalibConnections):
     galaxiesPerPlace = RangeField(dtype=int, doc="Number of galaxies at each place.", default=20, min=1)
     minMagnitude = Field[float](doc="AB magnitude of the brightest galaxies.", default=20.0)
     maxMagnitude = Field[float](doc="AB magnitude of the faintest galaxies.", default=24.5)
+    doMatchObjects = Field[bool](
+        doc="Draw magnitudes from the objects of the patch, between minMagnitude and maxMagnitude, and take "
+        "the number of blended galaxies from them?  Otherwise magnitudes have the slope of counts.",
+        default=False,
+    )
+    fluxColumn = Field[str](doc="Column with the flux of the objects in nJy.", default="i_cModelFlux")
+    objectSelection = ListField[str](
+        doc="Conditions that tell galaxies among the objects (see lsst.meas.deeplearn.object_selection).",
+        default=["detect_isPrimary", "i_extendedness > 0.5"],
+    )
+    nBlendScenes = RangeField(
+        dtype=int,
+        doc="Number of scenes of 160 x 160 pixels of galaxies that overlap at each place, which are measured "
+        "with detection in all sheared versions ('metadetection') and without its response "
+        "('no_detection'); 0 for none.",
+        default=0,
+        min=0,
+    )
+    blendDensity = RangeField(
+        dtype=float,
+        doc="Galaxies in a square arcmin of these scenes, unless doMatchObjects.",
+        default=80.0,
+        min=0.0,
+    )
     shears = ListField[float](
         doc="Sizes of the true shear; each is applied to both components with both signs.  Two or more let "
         "the cubic term be fitted.",
@@ -256,8 +293,8 @@ class ShearCalibTask(PipelineTask):
     any set of patches with exact jackknife errors.
 
     The noise has the variance and the correlation of the coadd.  Galaxies are
-    alone in their stamps: what detection and neighbours do to shear is not in
-    here.
+    alone in their stamps; what detection and neighbours do to shear is in the
+    scenes of ``nBlendScenes``, measured by metadetection.
     """
 
     ConfigClass: ClassVar[type[ShearCalibConfig]] = ShearCalibConfig
@@ -278,6 +315,7 @@ class ShearCalibTask(PipelineTask):
             patch=int(data_id["patch"]),
             seed=compute_seed(data_id["skymap"], data_id["tract"], data_id["patch"], self.config.seed),
             model=ModelPackage.from_arrow(inputs["model"]) if "model" in inputs else None,
+            objects=self._read_objects(inputs["objects"]) if "objects" in inputs else None,
             num_cores=butlerQC.resources.num_cores,
         )
         butlerQC.put(outputs, outputRefs)
@@ -289,6 +327,7 @@ class ShearCalibTask(PipelineTask):
         patch: int = 0,
         seed: int = 1,
         model: ModelPackage | None = None,
+        objects: Table | None = None,
         num_cores: int = 1,
     ) -> Struct:
         """Simulate and measure galaxies.
@@ -303,6 +342,8 @@ class ShearCalibTask(PipelineTask):
             Seed of the galaxies and their noise.
         model
             Model of the galaxies of morphology ``cvae``.
+        objects
+            Objects of the patch, if ``config.doMatchObjects``.
         num_cores
             Threads that may be used.
 
@@ -318,11 +359,13 @@ class ShearCalibTask(PipelineTask):
         Raises
         ------
         lsst.pipe.base.NoWorkFound
-            Raised if the coadd has no place with a PSF and noise.
+            Raised if the coadd has no place with a PSF and noise, or if the
+            patch has no galaxies of the configured magnitudes.
         ShearCalibError
             Raised if metacalibration cannot use the PSF.
         """
         # These load torch.
+        from .blends import compute_blended_sums
         from .calibration import compute_shear_sums
         from .metacal import Metacalibration, compute_target_fwhm
         from .simulation import GalaxySample, Scene, make_arms, make_psf_from_kernel
@@ -331,6 +374,7 @@ class ShearCalibTask(PipelineTask):
         morphologies = self._make_morphologies(model)
         kernels, noise_sigmas = self._find_places(coadd, np.random.default_rng(seed))
         correlation = self._measure_noise_correlation(coadd)
+        magnitudes, density = self._match_objects(coadd, objects)
         target_fwhm = config.targetFwhm or compute_target_fwhm(kernels, coadd.pixel_scale)
         metacal = Metacalibration(
             pixel_scale=coadd.pixel_scale,
@@ -359,7 +403,7 @@ class ShearCalibTask(PipelineTask):
                 galaxies = GalaxySample.draw(
                     np.arange(first, first + config.galaxiesPerPlace),
                     seed=seed,
-                    magnitude=(config.minMagnitude, config.maxMagnitude),
+                    magnitude=magnitudes,
                 )
                 scene = Scene(
                     make_psf_from_kernel(kernel, coadd.pixel_scale),
@@ -383,10 +427,26 @@ class ShearCalibTask(PipelineTask):
                             n_realizations=config.nRealizations,
                             fixnoise=config.doFixNoise,
                         )
+                        blended = {}
+                        if config.nBlendScenes:
+                            first_scene = (patch * 1000 + place) * config.nBlendScenes
+                            blended = compute_blended_sums(
+                                morphology,
+                                scene,
+                                make_arms(list(config.shears)),
+                                density=density,
+                                magnitude=magnitudes,
+                                target_fwhm=target_fwhm,
+                                seed=seed,
+                                blocks=range(first_scene, first_scene + config.nBlendScenes),
+                                min_snr=config.minSnr,
+                            )
                     except ValueError as err:
                         raise ShearCalibError(f"The PSF of this patch cannot be used: {err}") from err
                     for (estimator, label), values in sums.items():
                         tables.append(_describe(values.to_table(), name, estimator, label, bins[label]))
+                    for estimator, values in blended.items():
+                        tables.append(_describe(values.to_table(), name, estimator, "all", bins["all"]))
                 progress.log("Simulated %d of %d places.", place + 1, len(kernels))
         table = vstack(tables, metadata_conflicts="silent")
         table["target_fwhm"] = Column(
@@ -399,6 +459,7 @@ class ShearCalibTask(PipelineTask):
             0.0 if correlation is None else float(np.sort(correlation.ravel())[-2])
         )
         self.metadata["noise_sigma"] = float(np.median(noise_sigmas))
+        self.metadata["density"] = density
         return Struct(sums=table)
 
     def _find_places(self, coadd: MultibandCoadd, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -429,6 +490,42 @@ class ShearCalibTask(PipelineTask):
             for row, column in zip(rows[usable], columns[usable], strict=True)
         ]
         return kernels[usable], np.array(noise)
+
+    def _read_objects(self, handle: DeferredDatasetHandle) -> Table:
+        """Read the columns of the objects that are needed."""
+        needed = {self.config.fluxColumn, *column_names(self.config.objectSelection)}
+        if missing := needed - set(handle.get(component="columns")):
+            raise InvalidQuantumError(
+                f"The object table has no columns {sorted(missing)}.  Set fluxColumn and objectSelection for "
+                "this survey, or doMatchObjects=False."
+            )
+        return handle.get(parameters={"columns": sorted(needed)})
+
+    def _match_objects(
+        self, coadd: MultibandCoadd, objects: Table | None
+    ) -> tuple[np.ndarray | tuple[float, float], float]:
+        """Return the magnitudes to draw from, and galaxies in a square
+        arcmin.
+        """
+        config = self.config
+        limits = (config.minMagnitude, config.maxMagnitude)
+        if objects is None:
+            return limits, config.blendDensity
+        flux = np.asarray(objects[config.fluxColumn], dtype=np.float64)
+        flux = flux[select_objects(objects, config.objectSelection) & (flux > 0)]
+        magnitudes = AB_ZERO_POINT - 2.5 * np.log10(flux)
+        magnitudes = magnitudes[(magnitudes >= limits[0]) & (magnitudes < limits[1])]
+        if len(magnitudes) < 3:
+            raise NoWorkFound(
+                f"The patch has {len(magnitudes)} galaxies between magnitudes {limits[0]} and {limits[1]}; "
+                "see objectSelection and fluxColumn, or set doMatchObjects=False."
+            )
+        good = ~coadd.compute_bad_pixels(config.band, config.badMaskPlanes)
+        area = float(good.sum()) * (coadd.pixel_scale / 60) ** 2
+        self.log.info(
+            "Magnitudes and density are those of %d galaxies in %.2f arcmin^2.", len(magnitudes), area
+        )
+        return magnitudes, len(magnitudes) / area
 
     def _measure_noise_correlation(self, coadd: MultibandCoadd) -> np.ndarray | None:
         """Return the correlation of the noise of the coadd."""

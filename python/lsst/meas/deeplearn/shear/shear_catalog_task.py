@@ -48,6 +48,7 @@ from lsst.pipe.base.connections import InputQuantizedConnection, OutputQuantized
 
 from ..object_selection import SelectionError, column_names, select_objects
 from ..patch_inputs import PATCH_DIMENSIONS
+from .bias import make_table
 
 RESPONSE_COLUMNS: Mapping[str, tuple[str, str]] = {
     **{
@@ -308,9 +309,7 @@ class ShearCatalogTask(PipelineTask):
                 values[f"response{i + 1}{j + 1}"] = mean.response[i, j]
                 values[f"response{i + 1}{j + 1}_err"] = mean.response_errors[i, j]
         values["is_blinded"] = config.doBlind
-        response = Table()
-        for name, (dtype, description) in RESPONSE_COLUMNS.items():
-            response[name] = Column(np.array([values[name]], dtype=dtype), description=description)
+        response = make_table(RESPONSE_COLUMNS, [values])
         self.log.info(
             "Response of %d objects: %.3f, %.3f.", mean.n_objects, mean.response[0, 0], mean.response[1, 1]
         )
