@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--shear", type=float, default=0.02, help="true shear")
     commands = parser.add_subparsers(required=True)
     blends = commands.add_parser("blends", help="galaxies that overlap, with detection")
-    blends.add_argument("--n", type=int, default=1500, help="number of scenes of 32 x 32 arcsec")
+    blends.add_argument("--n", type=int, default=1200, help="number of scenes of 32 x 32 arcsec")
     blends.add_argument("--chunk", type=int, default=50, help="scenes after which the result is printed")
     blends.add_argument("--density", type=float, default=80.0, help="galaxies in a square arcmin")
     blends.add_argument("--faintest", type=float, default=26.0, help="their magnitude limit")
