@@ -180,7 +180,7 @@ def main() -> None:
     blends.set_defaults(function=measure_blends)
     for name, function, n, realizations, text in (
         ("noise", measure_noise, 3000, 400, "isolated galaxies with noise, with and without a cut"),
-        ("selection", measure_selection, 1500, 100, "what the response of cuts is worth"),
+        ("selection", measure_selection, 900, 60, "what the response of cuts is worth"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("--n", type=int, default=n, help="number of galaxies")
