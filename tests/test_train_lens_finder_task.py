@@ -188,6 +188,14 @@ def test_split_goes_by_the_sky() -> None:
     assert (moved == split).mean() > 0.97
 
 
+def test_a_field_can_be_all_test(patch: tuple[MultibandCoadd, Table]) -> None:
+    """Examples of a sky that no network was trained on are for the test."""
+    config = make_simulation_config(validationFraction=0.0, calibrationFraction=0.0, testFraction=1.0)
+    config.validate()
+    examples = SimulateLensesTask(config=config).run(*patch, seed=5).examples
+    assert set(examples["split"]) == {"test"}
+
+
 def test_seed_fixes_the_simulation(patch: tuple[MultibandCoadd, Table], examples: Table) -> None:
     """The same seed gives the same examples, another seed others."""
     task = SimulateLensesTask(config=make_simulation_config())

@@ -262,6 +262,7 @@ class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnec
         default=0.15,
         min=0.0,
         max=1.0,
+        inclusiveMax=True,
     )
     calibrationFraction = RangeField(
         dtype=float,
@@ -269,6 +270,7 @@ class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnec
         default=0.1,
         min=0.0,
         max=1.0,
+        inclusiveMax=True,
     )
     testFraction = RangeField(
         dtype=float,
@@ -276,6 +278,7 @@ class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnec
         default=0.15,
         min=0.0,
         max=1.0,
+        inclusiveMax=True,
     )
     blockSize = RangeField(
         dtype=float,
