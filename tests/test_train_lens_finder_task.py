@@ -300,6 +300,16 @@ def test_fine_tuning_starts_from_a_model(model: ModelPackage, examples: Table, t
     assert tuned.record["initial_model"]["training_set"] == model.record["training_set"]
 
 
+def test_checkpoint_knows_where_it_started(model: ModelPackage, examples: Table, tmp_path: Path) -> None:
+    """A checkpoint of random weights does not pass for one of fine-tuning."""
+    checkpoint = str(tmp_path / "state.pt")
+    TrainLensFinderTask(config=make_training_config(checkpoint=checkpoint)).run([examples])
+    model.write(tmp_path / "model.safetensors")
+    config = make_training_config(checkpoint=checkpoint, initialModel=str(tmp_path / "model.safetensors"))
+    with pytest.raises(ValueError, match="first weights"):
+        TrainLensFinderTask(config=config).run([examples])
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -41,6 +41,7 @@ __all__ = (
 
 import bisect
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -247,7 +248,7 @@ def train(
     ------
     ValueError
         Raised if there are fewer examples than a batch has, or if the
-        checkpoint is of other settings or data.
+        checkpoint is of other settings, data or first weights.
     TrainingError
         Raised if the loss is no longer finite.
 
@@ -417,7 +418,10 @@ class _State:
         self.history: list[dict[str, float]] = []
         # Best epoch so far of each cycle that has begun, and its weights.
         self.snapshots: list[tuple[int, dict[str, Tensor]]] = []
-        self._fingerprint = json.dumps(dataclasses.asdict(settings) | {"examples": examples}, sort_keys=True)
+        self._fingerprint = json.dumps(
+            dataclasses.asdict(settings) | {"examples": examples, "start": _hash_weights(network)},
+            sort_keys=True,
+        )
 
     def finish_epoch(self, figures: dict[str, float], *, choose: bool) -> None:
         """Note the figures of an epoch, and its weights if they are best.
@@ -475,13 +479,22 @@ class _State:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if content["fingerprint"] != self._fingerprint:
             raise ValueError(
-                f"Checkpoint {path} is of a training with other settings or data "
+                f"Checkpoint {path} is of a training with other settings or data or first weights "
                 f"({content['fingerprint']}); remove it to start afresh."
             )
         self.network.load_state_dict(content["network"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.epoch, self.history = content["epoch"], content["history"]
         self.snapshots = content["snapshots"]
+
+
+def _hash_weights(network: nn.Module) -> str:
+    """Return a digest of the weights, those of the start in a checkpoint."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _count(data: Batch) -> int:
