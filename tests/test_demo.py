@@ -165,6 +165,59 @@ def test_no_lenses(tmp_path: Path) -> None:
     np.testing.assert_array_equal(with_lenses.stars.x, without.stars.x)
 
 
+def test_skies_share_a_repository(tmp_path: Path) -> None:
+    """A second sky with a name of its own goes into the same repository."""
+    for name, seed in (("first", 1), ("second", 2)):
+        make_demo(
+            tmp_path / "repo",
+            name=name,
+            sky=scene.Sky.sample(seed),
+            seed=seed,
+            n_patches=1,
+            inner_cells=(2, 2),
+            cell_size=75,
+            bands=("i",),
+            n_lenses=0,
+            processes=1,
+        )
+    butler = Butler.from_config(str(tmp_path / "repo"), collections="demo/coadds")
+    coadds = [
+        butler.get("deep_coadd", skymap=name, tract=1, patch=0, band="i") for name in ("first", "second")
+    ]
+    assert np.nanmax(np.abs(coadds[0].image.array - coadds[1].image.array)) > 1
+
+
+def test_another_sky() -> None:
+    """Depth, seeing, sizes and numbers of galaxies are those of the sky."""
+    usual, other = scene.Sky(), scene.Sky.sample(3)
+    assert scene.Sky.sample(3) == other
+    assert other.survey["i"].depth != usual.survey["i"].depth
+    settings = dataclasses.replace(scene.SURVEY["i"], depth=25.0, psf_fwhm=1.1, psf_beta=2.5)
+    sky = scene.Sky({"i": settings}, galaxy_size=1.3, spheroid_indices=(3.0,), massive_density=50.0)
+    one, two = (make_scene(_make_sky_map(), ("i",), sky=item, seed=1, n_lenses=1) for item in (None, sky))
+    assert len(two.galaxies) > len(one.galaxies)
+    field = slice(0, 10)
+    np.testing.assert_allclose(
+        two.galaxies.half_light_radius[field], 1.3 * one.galaxies.half_light_radius[field]
+    )
+    assert set(two.galaxies.sersic_index) == {2.5, 3.0}
+    assert two.get_psf("i", x=10, y=10).original.beta == 2.5
+    none = np.zeros(0, dtype=int)
+    empty = dataclasses.replace(two, galaxies=two.galaxies[none], stars=two.stars[none], arcs=0 * two.arcs)
+    noise = np.nan_to_num(draw_band(empty, "i")[0])
+    blocks = noise.reshape(30, 10, 30, 10).sum(axis=(1, 3)) / 10
+    assert np.std(blocks) == pytest.approx(settings.sky_noise, rel=0.12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_depth_of_sampled_skies(seed: int) -> None:
+    """Sampled skies have twentieth to all of ten years, within the scatter."""
+    for band, settings in scene.Sky.sample(seed).survey.items():
+        fainter = scene.SURVEY[band].depth - settings.depth
+        assert -0.4 < fainter < 1.25 * np.log10(20) + 0.4
+        assert 0.75 < settings.psf_fwhm / scene.SURVEY[band].psf_fwhm < 1.43
+
+
 def test_seed_decides_everything() -> None:
     """The same seed gives the same pixels, another seed another sky."""
     sky_map = _make_sky_map()

@@ -43,6 +43,7 @@ from lsst.meas.deeplearn.lenses.simulation_plots import plot_examples
 from lsst.meas.deeplearn.lenses.source_images import SourceImages
 from lsst.meas.deeplearn.tests import make_test_coadds
 from lsst.pex.config import FieldValidationError
+from lsst.pipe.base import NoWorkFound
 
 
 def make_config(**values: object) -> SimulateLensesConfig:
@@ -119,6 +120,33 @@ def test_catalogue_replaces_the_prior(patch: tuple[MultibandCoadd, Table]) -> No
     )
     assert lenses["einstein_radius"].min() >= 0.9
     check_splits(examples)
+
+
+def test_brighter_sources(patch: tuple[MultibandCoadd, Table]) -> None:
+    """Sources that are brighter than the prior give arcs that are, too."""
+    snr = {}
+    for brightening in (0.0, 3.0):
+        task = SimulateLensesTask(config=make_config(maxBrightening=brightening, minArcSnr=0.0))
+        examples = task.run(*patch, seed=2).examples
+        snr[brightening] = np.log10(examples["arc_snr"][examples["label"]])
+    # On average 1.5 mag, hence 0.6 dex.
+    assert np.mean(snr[3.0]) - np.mean(snr[0.0]) == pytest.approx(0.6, abs=0.2)
+
+
+def test_some_splits_only(patch: tuple[MultibandCoadd, Table]) -> None:
+    """Examples of other splits are dropped, and the rest stays."""
+    every, some = (
+        SimulateLensesTask(config=make_config(**values)).run(*patch, seed=2).examples
+        for values in ({}, {"splits": ["train"]})
+    )
+    assert set(some["split"]) == {"train"}
+    wanted = every[every["split"] == "train"]
+    np.testing.assert_array_equal(some["image"], wanted["image"])
+    none = SimulateLensesTask(config=make_config(splits=["calibration"], calibrationFraction=0.0))
+    with pytest.raises(NoWorkFound, match="calibration"):
+        none.run(*patch, seed=2)
+    with pytest.raises(FieldValidationError):
+        make_config(splits=["training"])
 
 
 def test_user_data_that_do_not_fit_are_refused(patch: tuple[MultibandCoadd, Table]) -> None:

@@ -57,8 +57,8 @@ from .repository import CellSkyMap, make_cell_coadd, register_dataset_types, reg
 from .scene import (
     AB_ZERO_POINT,
     PIXEL_SCALE,
-    SURVEY,
     Galaxies,
+    Sky,
     Stars,
     draw_galaxies,
     draw_psf_kernel,
@@ -92,11 +92,6 @@ MIN_LENS_REDSHIFT = 0.2
 would cover everything else.
 """
 
-MASSIVE_DENSITY = 0.6
-"""Galaxies per square arcmin that are like lenses but have no arcs; without
-them brightness and colour alone would tell the lenses.
-"""
-
 LENS_DISTANCE = 75.0
 """Smallest distance of a lens from others and from bright objects, in pixels.
 """
@@ -118,6 +113,9 @@ class Scene:
 
     bands: tuple[str, ...]
     """Bands in order."""
+
+    sky: Sky
+    """What sets this sky apart from others."""
 
     seed: int
     """Seed of the noise and of blemishes."""
@@ -156,7 +154,20 @@ class Scene:
             int(np.clip(round(position) // self.sky_map.cell_size, 0, n - 1))
             for position, n in ((y, parameters.shape[0]), (x, parameters.shape[1]))
         )
-        return make_psf(*parameters[row, column])
+        return self.make_psf(band, parameters[row, column])
+
+    def make_psf(self, band: str, parameters: np.ndarray) -> galsim.GSObject:
+        """Return the PSF of a cell.
+
+        Parameters
+        ----------
+        band
+            Name of the band.
+        parameters
+            FWHM in arcsec and reduced shear.
+        """
+        fwhm, g1, g2 = parameters
+        return make_psf(fwhm, g1, g2, beta=self.sky.survey[band].psf_beta)
 
     def get_missing_cells(self, band: str) -> list[tuple[int, int]]:
         """Return row and column in the tract of the cells without data.
@@ -175,6 +186,8 @@ class Scene:
 def make_demo(
     root: Path | str,
     *,
+    name: str = "demo",
+    sky: Sky | None = None,
     seed: int = 1,
     n_patches: int | tuple[int, int] = 2,
     inner_cells: tuple[int, int] = (11, 11),
@@ -188,7 +201,7 @@ def make_demo(
     """Make a butler repository of coadds of a made-up sky.
 
     In the collection ``run`` are ``deep_coadd``, ``object_patch``, ``object``
-    and, if there are lenses, ``lens_truth``; sky map ``demo``, tract 1.  The
+    and, if there are lenses, ``lens_truth``; sky map ``name``, tract 1.  The
     model packages that come with this package are put into
     ``models/<name>/v<version>``; the chain ``models/deeplens_gri`` has those
     of the lens finder.
@@ -196,7 +209,11 @@ def make_demo(
     Parameters
     ----------
     root
-        Folder of the repository, which must not exist or be empty.
+        Folder of the repository; one that is there already gets a sky more.
+    name
+        Name of the sky map, which must not be in the repository.
+    sky
+        Survey and galaxies; by default coadds of ten years of LSST.
     seed
         Seed; the same seed gives the same repository.
     n_patches
@@ -224,7 +241,7 @@ def make_demo(
     """
     report = report or _LOG.info
     sky_map = CellSkyMap.from_center(
-        "demo",
+        name,
         ra=150.1,
         dec=2.2,
         pixel_scale=PIXEL_SCALE,
@@ -233,13 +250,14 @@ def make_demo(
         cell_size=cell_size,
         tract=1,
     )
-    scene = make_scene(sky_map, bands, seed=seed, n_lenses=12 if n_lenses is None else n_lenses)
+    scene = make_scene(sky_map, bands, sky=sky, seed=seed, n_lenses=12 if n_lenses is None else n_lenses)
     height, width = sky_map.bbox.shape
     report(
         f"A sky of {height} x {width} pixels: {len(scene.galaxies)} galaxies, {len(scene.stars)} stars, "
         f"{len(scene.lenses)} lenses."
     )
-    Butler.makeRepo(str(root))
+    if is_new := not (Path(root) / "butler.yaml").exists():
+        Butler.makeRepo(str(root))
     with Butler.from_config(str(root), run=run, writeable=True) as butler, _open_pool(processes) as pool:
         register_sky_map(butler, sky_map, instrument=INSTRUMENT, bands=bands)
         register_dataset_types(butler)
@@ -256,12 +274,15 @@ def make_demo(
         butler.put(select_primary(tables), "object", skymap=sky_map.name, tract=sky_map.tract)
         if len(scene.lenses):
             _write_truth(butler, scene, np.stack(snr, axis=1))
-        for name in _ingest_shipped_models(butler):
-            report(f"Put model packages into {name}.")
+        if is_new:
+            for collection in _ingest_shipped_models(butler):
+                report(f"Put model packages into {collection}.")
     report(f"The repository is in {root}, its coadds in the collection {run}.")
 
 
-def make_scene(sky_map: CellSkyMap, bands: Sequence[str], *, seed: int, n_lenses: int = 0) -> Scene:
+def make_scene(
+    sky_map: CellSkyMap, bands: Sequence[str], *, sky: Sky | None = None, seed: int, n_lenses: int = 0
+) -> Scene:
     """Draw what there is on the sky of a tract.
 
     Parameters
@@ -270,28 +291,31 @@ def make_scene(sky_map: CellSkyMap, bands: Sequence[str], *, seed: int, n_lenses
         The sky map, with pixels of 0.2 arcsec.
     bands
         Bands.
-    seed
-        Seed.
-    n_lenses
+    sky, seed, n_lenses
         As in `make_demo`.
     """
+    sky = sky or Sky()
     shape = sky_map.bbox.shape
     # A generator each, so that the sky stays when lenses are added.
-    galaxy_rng, group_rng, massive_rng, star_rng, psf_rng, lens_rng = np.random.default_rng(seed).spawn(6)
+    galaxy_rng, group_rng, massive_rng, star_rng, psf_rng, lens_rng, sky_rng = np.random.default_rng(
+        seed
+    ).spawn(7)
     galaxies = Galaxies.concatenate([sample_galaxies(galaxy_rng, shape), sample_groups(group_rng, shape)])
     stars = sample_stars(star_rng, shape, bands)
     scene = Scene(
         sky_map=sky_map,
         bands=tuple(bands),
+        sky=sky,
         seed=seed,
         galaxies=galaxies,
         stars=stars,
-        psf=_sample_psf(psf_rng, tuple(n // sky_map.cell_size for n in shape), bands),
+        psf=_sample_psf(psf_rng, tuple(n // sky_map.cell_size for n in shape), sky, bands),
         lenses=Table(),
         arcs=np.zeros((0, len(bands), ARC_SIZE, ARC_SIZE), dtype=np.float32),
     )
     massive = _sample_massive_galaxies(massive_rng, scene)
     scene.galaxies = Galaxies.concatenate([scene.galaxies, massive])
+    sky.change(scene.galaxies, sky_rng)
     if n_lenses:
         _add_lenses(scene, lens_rng, n_lenses)
     return scene
@@ -319,7 +343,7 @@ def write_band(root: Path | str, run: str, scene: Scene, band: str) -> np.ndarra
     sky_map = scene.sky_map
     image, variance, masks = draw_band(scene, band)
     kernels = np.array(
-        [[draw_psf_kernel(make_psf(*psf), PSF_SIZE) for psf in row] for row in scene.psf[band]]
+        [[draw_psf_kernel(scene.make_psf(band, psf), PSF_SIZE) for psf in row] for row in scene.psf[band]]
     )
     projection = sky_map.sky_projection
     with Butler.from_config(str(root), run=run, writeable=True) as butler:
@@ -392,7 +416,7 @@ def draw_band(scene: Scene, band: str) -> tuple[np.ndarray, np.ndarray, dict[str
     masks
         Where mask planes are set, by name.
     """
-    settings = SURVEY[band]
+    settings = scene.sky.survey[band]
     shape = scene.sky_map.bbox.shape
     rng = np.random.default_rng([scene.seed, *band.encode()])
 
@@ -400,9 +424,9 @@ def draw_band(scene: Scene, band: str) -> tuple[np.ndarray, np.ndarray, dict[str
         return scene.get_psf(band, x=x, y=y)
 
     stars = np.zeros(shape, dtype=np.float32)
-    draw_stars(stars, scene.stars, band, get_psf)
+    draw_stars(stars, scene.stars, band, get_psf, settings)
     model = stars.copy()
-    draw_galaxies(model, scene.galaxies, band, get_psf)
+    draw_galaxies(model, scene.galaxies, band, get_psf, settings)
     for arcs, box in zip(scene.arcs[:, scene.bands.index(band)], _iterate_stamps(scene), strict=True):
         model[box] += arcs
 
@@ -429,7 +453,7 @@ def draw_band(scene: Scene, band: str) -> tuple[np.ndarray, np.ndarray, dict[str
 
 
 def _sample_psf(
-    rng: np.random.Generator, shape: tuple[int, ...], bands: Sequence[str]
+    rng: np.random.Generator, shape: tuple[int, ...], sky: Sky, bands: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Draw PSFs that vary smoothly over a tract, and a little by cell."""
     y, x = np.mgrid[: shape[0], : shape[1]] / max(shape)
@@ -439,7 +463,7 @@ def _sample_psf(
         fwhm, g1, g2 = np.array([0.02, 0.01, 0.01])[:, None, None] * (
             slopes[:, 0] * (x - 0.5) + slopes[:, 1] * (y - 0.5) + 0.3 * scatter
         )
-        parameters[band] = np.stack([SURVEY[band].psf_fwhm * (1 + fwhm), g1, g2], axis=-1)
+        parameters[band] = np.stack([sky.survey[band].psf_fwhm * (1 + fwhm), g1, g2], axis=-1)
     return parameters
 
 
@@ -448,7 +472,7 @@ def _sample_massive_galaxies(rng: np.random.Generator, scene: Scene) -> Galaxies
     from .lenses.lens_population import sample_lens_population
 
     height, width = scene.sky_map.bbox.shape
-    n = rng.poisson(MASSIVE_DENSITY * height * width * (PIXEL_SCALE / 60) ** 2)
+    n = rng.poisson(scene.sky.massive_density * height * width * (PIXEL_SCALE / 60) ** 2)
     if n == 0:
         return sample_early_types(rng, *np.zeros((4, 0)))
     population = sample_lens_population(2 * n, seed=int(rng.integers(2**31)), bands=("i",))
@@ -468,7 +492,13 @@ def _make_hosts(rng: np.random.Generator, population: Table, x: np.ndarray, y: n
 
 
 def _sample_lenses(
-    rng: np.random.Generator, bands: Sequence[str], n: int, *, min_radius: float, max_radius: float
+    rng: np.random.Generator,
+    sky: Sky,
+    bands: Sequence[str],
+    n: int,
+    *,
+    min_radius: float,
+    max_radius: float,
 ) -> Table:
     """Draw lenses that count as discoverable, by the noise of the sky, and
     are not too near.
@@ -485,7 +515,10 @@ def _sample_lenses(
         min_einstein_radius=min_radius,
         max_einstein_radius=max_radius,
     )
-    kernels = np.stack([draw_psf_kernel(make_psf(SURVEY[band].psf_fwhm), ARC_PSF_SIZE) for band in bands])
+    survey = [sky.survey[band] for band in bands]
+    kernels = np.stack(
+        [draw_psf_kernel(make_psf(band.psf_fwhm, beta=band.psf_beta), ARC_PSF_SIZE) for band in survey]
+    )
     arcs = render_arcs(
         trials,
         bands=bands,
@@ -493,7 +526,7 @@ def _sample_lenses(
         size=ARC_SIZE,
         psf=np.repeat(kernels[None].astype(np.float32), len(trials), axis=0),
     )
-    noise = np.array([SURVEY[band].sky_noise for band in bands])[:, None, None]
+    noise = np.array([band.sky_noise for band in survey])[:, None, None]
     snr = compute_arc_snr(arcs, np.broadcast_to(noise**2, arcs.shape)).max(axis=1)
     # In their order; should there be too few, others follow.
     unwanted = (snr < MIN_ARC_SNR) | (trials["lens_redshift"] < MIN_LENS_REDSHIFT)
@@ -509,11 +542,14 @@ def _add_lenses(scene: Scene, rng: np.random.Generator, n_lenses: int) -> None:
     parts, patches = [], []
     for n, low, high in ((n_lenses, 1.0, 3.0), (n_lenses // 3, 0.6, 1.0)):
         if n:
-            parts.append(_sample_lenses(rng, bands, n * n_patches, min_radius=low, max_radius=high))
+            parts.append(
+                _sample_lenses(rng, scene.sky, bands, n * n_patches, min_radius=low, max_radius=high)
+            )
             patches.append(np.repeat(np.arange(n_patches), n))
     population = vstack(parts)
     x, y = _place_lenses(scene, rng, np.concatenate(patches))
     hosts = _make_hosts(rng, population, x, y)
+    scene.sky.change(hosts, rng.spawn(1)[0])
     scene.galaxies = Galaxies.concatenate([scene.galaxies, hosts])
 
     # Kernels off their centres as the lenses are off those of their pixels.

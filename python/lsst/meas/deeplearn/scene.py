@@ -32,6 +32,7 @@ __all__ = (
     "SURVEY",
     "BandSettings",
     "Galaxies",
+    "Sky",
     "Stars",
     "compute_half_light_radius",
     "draw_galaxies",
@@ -47,7 +48,7 @@ __all__ = (
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import galsim
 import numpy as np
@@ -91,6 +92,12 @@ class BandSettings:
     wavelengths: tuple[float, float]
     """Limits of the band in Angstrom."""
 
+    psf_beta: float = PSF_BETA
+    """Index of the Moffat profile of the PSF."""
+
+    galaxy_offset: float = 0.0
+    """AB magnitudes that galaxies are fainter by than their templates say."""
+
     @property
     def gain(self) -> float:
         """Electrons of the whole coadd per nJy."""
@@ -106,7 +113,7 @@ class BandSettings:
     @property
     def psf_scale(self) -> float:
         """Scale of the Moffat profile of the PSF in pixels."""
-        return self.psf_fwhm / PIXEL_SCALE / (2 * math.sqrt(2 ** (1 / PSF_BETA) - 1))
+        return self.psf_fwhm / PIXEL_SCALE / (2 * math.sqrt(2 ** (1 / self.psf_beta) - 1))
 
     @property
     def sky_noise(self) -> float:
@@ -116,7 +123,8 @@ class BandSettings:
         scale s a star has the noise of pi s^2 (2 beta - 1) / (beta - 1)^2
         pixels.
         """
-        n_effective = math.pi * self.psf_scale**2 * (2 * PSF_BETA - 1) / (PSF_BETA - 1) ** 2
+        beta = self.psf_beta
+        n_effective = math.pi * self.psf_scale**2 * (2 * beta - 1) / (beta - 1) ** 2
         return 10 ** (-0.4 * (self.depth - AB_ZERO_POINT)) / 5 / math.sqrt(n_effective)
 
 
@@ -129,6 +137,77 @@ SURVEY = {
     "y": BandSettings(24.9, 0.76, 160, 26.82, (9220.0, 10600.0)),
 }
 """Ten-year LSST coadds, by band."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sky:
+    """What one sky has that another has not."""
+
+    survey: Mapping[str, BandSettings] = dataclasses.field(default_factory=SURVEY.copy)
+    """The coadds, by band."""
+
+    galaxy_size: float = 1.0
+    """Factor on the half-light radii of galaxies."""
+
+    spheroid_indices: tuple[float, ...] = (4.0,)
+    """Sersic indices of the spheroids of early types, in equal numbers."""
+
+    massive_density: float = 0.6
+    """Galaxies per square arcmin that are like lenses but have no arcs;
+    without them brightness and colour alone would tell the lenses.
+    """
+
+    @classmethod
+    def sample(cls, seed: int) -> Sky:
+        """Draw a sky unlike others.
+
+        Networks that have seen a single sky know no other: many of these are
+        to train on.  Exposures are from a twentieth to the whole of ten
+        years, uniform in the logarithm; seeing is 0.8 to 1.35 times the
+        usual, and 5 per cent more or less in each band; the index of the PSF
+        is one of 2.5, 3, 3.5 and 4; galaxies are brighter or fainter by 0.1
+        mag in each band, and 0.7 to 1.4 times as large; galaxies like lenses
+        are five times as many as usual.
+
+        Parameters
+        ----------
+        seed
+            Seed.
+        """
+        rng = np.random.default_rng([seed, *b"sky"])
+        exposure = 20 ** rng.uniform(-1, 0)
+        seeing, beta = rng.uniform(0.8, 1.35), rng.choice([2.5, 3.0, 3.5, 4.0])
+        return cls(
+            survey={
+                band: dataclasses.replace(
+                    settings,
+                    depth=settings.depth + 1.25 * math.log10(exposure) + rng.normal(0, 0.1),
+                    psf_fwhm=settings.psf_fwhm * seeing * rng.uniform(0.95, 1.05),
+                    n_visits=max(round(settings.n_visits * exposure), 2),
+                    psf_beta=float(beta),
+                    galaxy_offset=rng.normal(0, 0.1),
+                )
+                for band, settings in SURVEY.items()
+            },
+            galaxy_size=2 ** rng.uniform(-0.5, 0.5),
+            spheroid_indices=(2.5, 3.0, 4.0, 5.0),
+            massive_density=3.0,
+        )
+
+    def change(self, galaxies: Galaxies, rng: np.random.Generator) -> None:
+        """Give galaxies the sizes and profiles that they have here.
+
+        Parameters
+        ----------
+        galaxies
+            Galaxies as the functions of this module draw them; changed.
+        rng
+            Random numbers.
+        """
+        galaxies.half_light_radius *= self.galaxy_size
+        early = galaxies.sersic_index == SPHEROID_INDEX
+        galaxies.sersic_index[early] = rng.choice(self.spheroid_indices, early.sum())
+
 
 # Flux densities per frequency of two stellar populations, by wavelength in
 # Angstrom, drawn by hand after the E and Im templates of Coleman, Wu &
@@ -161,6 +240,9 @@ FAINT_MAGNITUDE = 23.2
 
 ARMS_MAGNITUDE = 22.0
 """Galaxies fainter than this in i are too small to show spiral arms."""
+
+SPHEROID_INDEX = 4.0
+"""Sersic index of early types."""
 
 BULGE, DISK, ARMS = range(3)
 """The parts of a galaxy."""
@@ -346,7 +428,7 @@ def sample_early_types(
         half_light_radius=np.clip(np.stack([radius, 1.3 * radius], axis=1), 0.05, 12.0),
         axis_ratio=np.clip(rng.normal([0.78, 0.6], [0.13, 0.2], (n, 2)), 0.25, 0.98),
         position_angle=rng.uniform(0, np.pi, n),
-        sersic_index=np.full(n, 4.0),
+        sersic_index=np.full(n, SPHEROID_INDEX),
         fraction=np.stack([1 - disk, disk, np.zeros(n)], axis=1),
         young=young[:, None] * np.array([1.0, 2.0, 1.0]),
         seed=rng.integers(2**31, size=n),
@@ -504,10 +586,8 @@ def _compute_light(band: str, redshift: np.ndarray, young: np.ndarray) -> np.nda
     return (1 - young) * average(_OLD) + young * average(_YOUNG)
 
 
-def make_psf(fwhm: float, g1: float = 0.0, g2: float = 0.0) -> galsim.GSObject:
-    """Return a PSF with the response of the pixel in it.
-
-    A Moffat profile of index `PSF_BETA`.
+def make_psf(fwhm: float, g1: float = 0.0, g2: float = 0.0, beta: float = PSF_BETA) -> galsim.GSObject:
+    """Return a PSF with the response of the pixel in it, a Moffat profile.
 
     Parameters
     ----------
@@ -515,8 +595,10 @@ def make_psf(fwhm: float, g1: float = 0.0, g2: float = 0.0) -> galsim.GSObject:
         Width in arcsec.
     g1, g2
         Reduced shear of its ellipse.
+    beta
+        Index of the profile.
     """
-    return galsim.Moffat(beta=PSF_BETA, fwhm=fwhm).shear(g1=g1, g2=g2)
+    return galsim.Moffat(beta=beta, fwhm=fwhm).shear(g1=g1, g2=g2)
 
 
 def draw_psf_kernel(psf: galsim.GSObject, size: int, *, dx: float = 0.0, dy: float = 0.0) -> np.ndarray:
@@ -541,7 +623,11 @@ def draw_psf_kernel(psf: galsim.GSObject, size: int, *, dx: float = 0.0, dy: flo
 
 
 def draw_galaxies(
-    image: np.ndarray, galaxies: Galaxies, band: str, get_psf: Callable[[float, float], galsim.GSObject]
+    image: np.ndarray,
+    galaxies: Galaxies,
+    band: str,
+    get_psf: Callable[[float, float], galsim.GSObject],
+    settings: BandSettings | None = None,
 ) -> None:
     """Add galaxies to an image.
 
@@ -555,6 +641,8 @@ def draw_galaxies(
         Name of the band.
     get_psf
         Returns the PSF at a position (x, y) in pixels.
+    settings
+        What the coadds are like in this band; by default as `SURVEY` says.
 
     Notes
     -----
@@ -562,16 +650,18 @@ def draw_galaxies(
     of the band, and rounded shapes and positions, so that one stamp serves
     many.
     """
-    fluxes = galaxies.compute_fluxes(band)
-    threshold = 0.15 * SURVEY[band].sky_noise
+    settings = settings or SURVEY[band]
+    fluxes = galaxies.compute_fluxes(band) * 10 ** (-0.4 * settings.galaxy_offset)
+    threshold = 0.15 * settings.sky_noise
     faint = galaxies.magnitude > FAINT_MAGNITUDE
     for k in np.flatnonzero(faint):
         x, y = galaxies.x[k], galaxies.y[k]
         main = BULGE if galaxies.fraction[k, BULGE] > 0.5 else DISK
         flux = fluxes[k].sum()
         stamp = _draw_faint(
-            SURVEY[band].psf_fwhm,
-            4.0 if main == BULGE else 1.0,
+            settings.psf_fwhm,
+            settings.psf_beta,
+            SPHEROID_INDEX if main == BULGE else 1.0,
             round(math.log10(galaxies.half_light_radius[k, main]) / 0.15),
             round(galaxies.axis_ratio[k, main] / 0.2),
             round(galaxies.position_angle[k] / (np.pi / 6)) % 6,
@@ -588,7 +678,11 @@ def draw_galaxies(
 
 
 def draw_stars(
-    image: np.ndarray, stars: Stars, band: str, get_psf: Callable[[float, float], galsim.GSObject]
+    image: np.ndarray,
+    stars: Stars,
+    band: str,
+    get_psf: Callable[[float, float], galsim.GSObject],
+    settings: BandSettings | None = None,
 ) -> None:
     """Add stars to an image.
 
@@ -598,28 +692,36 @@ def draw_stars(
         Image in nJy, which is changed.
     stars
         The stars.
-    band, get_psf
+    band, get_psf, settings
         As for `draw_galaxies`.
     """
-    settings = SURVEY[band]
+    settings = settings or SURVEY[band]
+    beta = settings.psf_beta
     for x, y, magnitude in zip(stars.x, stars.y, stars.magnitudes[band], strict=True):
         flux = 10 ** (-0.4 * (magnitude - AB_ZERO_POINT))
         # Where the Moffat profile falls below a part of the noise.
-        center = flux * (PSF_BETA - 1) / (math.pi * settings.psf_scale**2)
+        center = flux * (beta - 1) / (math.pi * settings.psf_scale**2)
         contrast = max(center / (0.2 * settings.sky_noise), 1.0)
-        radius = int(np.clip(settings.psf_scale * contrast ** (0.5 / PSF_BETA), 8, 400))
+        radius = int(np.clip(settings.psf_scale * contrast ** (0.5 / beta), 8, 400))
         stamp = _draw(get_psf(x, y), 2 * radius + 1, x - math.floor(x + 0.5), y - math.floor(y + 0.5))
         _add_stamp(image, stamp, x, y, flux)
 
 
 @functools.cache
 def _draw_faint(
-    psf_fwhm: float, index: float, log_radius: int, axis_ratio: int, angle: int, dx: int, dy: int
+    psf_fwhm: float,
+    psf_beta: float,
+    index: float,
+    log_radius: int,
+    axis_ratio: int,
+    angle: int,
+    dx: int,
+    dy: int,
 ) -> np.ndarray:
     """Draw a galaxy of unit flux with rounded parameters, see the caller."""
     radius, q = 10 ** (0.15 * log_radius), max(0.2 * axis_ratio, 0.2)
     profile = _make_sersic(index, 1.0, radius, q, angle * np.pi / 6)
-    profile = galsim.Convolve(profile, make_psf(psf_fwhm), gsparams=GSPARAMS)
+    profile = galsim.Convolve(profile, make_psf(psf_fwhm, beta=psf_beta), gsparams=GSPARAMS)
     size = 2 * int(np.clip(10 + 3 * radius / PIXEL_SCALE, 12, 40)) + 1
     return _draw(profile, size, 0.5 * dx + 0.25, 0.5 * dy + 0.25)
 

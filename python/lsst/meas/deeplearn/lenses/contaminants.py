@@ -154,7 +154,8 @@ def _measure_angle(cutouts: Cutouts) -> np.ndarray:
 
 def _paint_companions(cutouts: Cutouts, flux: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Paint one or two sources beside the galaxy, like those of lenses but not
-    lensed, as bright as if they were.
+    lensed, as bright as if they were, or up to 3 mag brighter, as galaxies in
+    front of them are.
     """
     light = np.zeros(cutouts.image.shape, dtype=np.float32)
     for rows in (np.arange(len(cutouts)), np.flatnonzero(rng.random(len(cutouts)) < 0.4)):
@@ -168,7 +169,7 @@ def _paint_companions(cutouts: Cutouts, flux: np.ndarray, rng: np.random.Generat
         light[rows] += _render(
             cutouts[rows],
             functools.partial(_compute_unlensed, sources),
-            source_flux * rng.uniform(3, 12, (n, 1)),
+            source_flux * rng.uniform(3, 12, (n, 1)) * 10 ** rng.choice([0.0, 0.4, 0.8, 1.2], (n, 1)),
         )
     return light
 
@@ -193,14 +194,14 @@ def _paint_satellites(cutouts: Cutouts, flux: np.ndarray, rng: np.random.Generat
 
 
 def _paint_spiral(cutouts: Cutouts, flux: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Paint a face-on disc with arms of young stars, of which the galaxy is
-    the bulge.
+    """Paint a disc with arms of young stars, of which the galaxy is the bulge,
+    inclined by up to 60 degrees.
     """
     n = len(cutouts)
-    scale = rng.uniform(0.6, 1.3, n)  # arcsec
+    scale = np.exp(rng.uniform(np.log(0.4), np.log(1.8), n))  # arcsec
     disc = _Disc(
         scale=scale,
-        axis_ratio=rng.uniform(0.6, 1.0, n),
+        axis_ratio=rng.uniform(0.5, 1.0, n),
         position_angle=_measure_angle(cutouts),
         phase=rng.uniform(0, 2 * np.pi, n),
         arms=rng.choice([2, 3, 4], n, p=[0.7, 0.15, 0.15]),
@@ -208,8 +209,8 @@ def _paint_spiral(cutouts: Cutouts, flux: np.ndarray, rng: np.random.Generator) 
         sharpness=rng.uniform(2.0, 6.0, n),
         clumps=rng.normal(0, 1, (n, 6)),
     )
-    total = _get_reference(cutouts, flux) * rng.uniform(0.4, 1.6, n)
-    young = rng.uniform(0.35, 0.65, n)
+    total = _get_reference(cutouts, flux) * np.exp(rng.uniform(np.log(0.15), np.log(2.5), n))
+    young = rng.uniform(0.2, 0.7, n)
     light = _render(cutouts, disc.compute_smooth, _make_fluxes(total * (1 - young), cutouts.bands, rng, 0.4))
     return light + _render(cutouts, disc.compute_arms, _make_fluxes(total * young, cutouts.bands, rng, -0.3))
 
@@ -219,7 +220,7 @@ def _paint_ring(cutouts: Cutouts, flux: np.ndarray, rng: np.random.Generator) ->
     concentric, and wider than an Einstein ring.
     """
     n = len(cutouts)
-    radius = rng.uniform(1.3, 3.0, n)  # arcsec
+    radius = rng.uniform(1.0, 3.0, n)  # arcsec
     ring = _Ring(
         radius=radius,
         width=radius * rng.uniform(0.12, 0.25, n),

@@ -142,7 +142,7 @@ class NonLensConfig(Config):
         allowed={
             "companion": "One or two blue sources beside the galaxy like those of lenses, but not lensed.",
             "satellite": "Two to five small galaxies of the colour of the galaxy around it.",
-            "spiral": "A face-on disc with spiral arms, of which the galaxy is the bulge.",
+            "spiral": "A disc with spiral arms, of which the galaxy is the bulge.",
             "ring": "A ring of young stars around the galaxy, concentric.",
             "merger": "A second galaxy of similar brightness, and a tidal tail from each.",
             "edge_on": "A disc seen from its edge: that of the galaxy, or one beside it.",
@@ -215,6 +215,13 @@ class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnec
         "For training: one lens of the prior in 20 is wider than 2 arcsec, too few to learn from.",
         default=False,
     )
+    maxBrightening = RangeField(
+        dtype=float,
+        doc="Largest number of magnitudes by which sources are brighter than those of the prior, uniform "
+        "from 0.  For training: most arcs of the prior are faint.",
+        default=0.0,
+        min=0.0,
+    )
     minArcSnr = RangeField(
         dtype=float,
         doc="Smallest signal to noise of the arcs in the best band, as LensPop defines it.",
@@ -256,6 +263,11 @@ class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnec
     )
 
     # Splits and seed.
+    splits = ListField[str](
+        doc="Splits whose examples are kept.",
+        default=list(SPLITS),
+        itemCheck=lambda name: name in SPLITS,
+    )
     validationFraction = RangeField(
         dtype=float,
         doc="Fraction of the sky whose examples are for validation.",
@@ -476,6 +488,9 @@ class SimulateLensesTask(PipelineTask):
         examples = vstack(parts, metadata_conflicts="silent")
         examples["split"][:] = self._compute_split(np.asarray(examples["ra"]), np.asarray(examples["dec"]))
         examples["seed"][:] = seed
+        examples = examples[np.isin(examples["split"], list(self.config.splits))]
+        if len(examples) == 0:
+            raise NoWorkFound(f"No example of this patch is in the splits {list(self.config.splits)}.")
         counts = {str(kind): int((examples["kind"] == kind).sum()) for kind in np.unique(examples["kind"])}
         self.metadata["seed"] = seed
         for name, count in counts.items():
@@ -704,6 +719,10 @@ class _Sources:
         else:
             rows = np.flatnonzero(self._is_in(np.asarray(self.catalog["source_id"]), split))
             lenses = self.catalog[rng.choice(rows, n)] if len(rows) else self.catalog[:0]
+        if self.config.maxBrightening > 0:
+            brighter = rng.uniform(0, self.config.maxBrightening, len(lenses))
+            for band in self.config.bands:
+                lenses[f"source_mag_{band}"] -= brighter
         if self.images is None or len(lenses) == 0:
             return lenses
         ids = np.where(self._is_in(self.images.ids, split), self.images.ids, -1)
