@@ -209,6 +209,16 @@ def test_another_sky() -> None:
     assert np.std(blocks) == pytest.approx(settings.sky_noise, rel=0.12)
 
 
+def test_one_visit() -> None:
+    """A single visit is as much shallower as its exposure is shorter."""
+    visit = scene.SURVEY["r"].with_visits(1)
+    assert visit.depth == pytest.approx(scene.SURVEY["r"].depth - 1.25 * np.log10(184))
+    assert visit.sky_noise == pytest.approx(scene.SURVEY["r"].sky_noise * 184**0.5)
+    assert visit.gain == pytest.approx(scene.SURVEY["r"].gain / 184)
+    image = draw_band(make_scene(_make_sky_map(), ("r",), sky=scene.Sky({"r": visit}), seed=1), "r")[0]
+    assert np.isfinite(image).mean() > 0.5
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_depth_of_sampled_skies(seed: int) -> None:
     """Sampled skies have twentieth to all of ten years, within the scatter."""

@@ -435,7 +435,8 @@ def draw_band(scene: Scene, band: str) -> tuple[np.ndarray, np.ndarray, dict[str
     sky = settings.sky_noise**2 * np.kron(depth, np.ones((scene.sky_map.cell_size,) * 2))
     variance = (sky + np.maximum(model, 0) / settings.gain).astype(np.float32)
     masks = _make_masks(rng, stars > 0.7 * settings.saturation, settings.n_visits)
-    variance[masks["CLIPPED"]] *= settings.n_visits / (settings.n_visits - 1)
+    if settings.n_visits > 1:
+        variance[masks["CLIPPED"]] *= settings.n_visits / (settings.n_visits - 1)
     noise = rng.standard_normal(shape, dtype=np.float32)
     for axis in (0, 1):
         noise = convolve1d(noise, WARP_KERNEL, axis=axis, mode="wrap")

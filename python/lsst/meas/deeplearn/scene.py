@@ -98,6 +98,18 @@ class BandSettings:
     galaxy_offset: float = 0.0
     """AB magnitudes that galaxies are fainter by than their templates say."""
 
+    def with_visits(self, number: float) -> BandSettings:
+        """Return the settings of a coadd of another number of visits.
+
+        Parameters
+        ----------
+        number
+            Number of visits; the depth is that of the number itself, the
+            rest that of the nearest integer.
+        """
+        depth = self.depth + 1.25 * math.log10(number / self.n_visits)
+        return dataclasses.replace(self, depth=depth, n_visits=max(round(number), 1))
+
     @property
     def gain(self) -> float:
         """Electrons of the whole coadd per nJy."""
@@ -177,18 +189,18 @@ class Sky:
         rng = np.random.default_rng([seed, *b"sky"])
         exposure = 20 ** rng.uniform(-1, 0)
         seeing, beta = rng.uniform(0.8, 1.35), rng.choice([2.5, 3.0, 3.5, 4.0])
+        survey = {}
+        for band, usual in SURVEY.items():
+            settings = usual.with_visits(usual.n_visits * exposure)
+            survey[band] = dataclasses.replace(
+                settings,
+                depth=settings.depth + rng.normal(0, 0.1),
+                psf_fwhm=settings.psf_fwhm * seeing * rng.uniform(0.95, 1.05),
+                psf_beta=float(beta),
+                galaxy_offset=rng.normal(0, 0.1),
+            )
         return cls(
-            survey={
-                band: dataclasses.replace(
-                    settings,
-                    depth=settings.depth + 1.25 * math.log10(exposure) + rng.normal(0, 0.1),
-                    psf_fwhm=settings.psf_fwhm * seeing * rng.uniform(0.95, 1.05),
-                    n_visits=max(round(settings.n_visits * exposure), 2),
-                    psf_beta=float(beta),
-                    galaxy_offset=rng.normal(0, 0.1),
-                )
-                for band, settings in SURVEY.items()
-            },
+            survey=survey,
             galaxy_size=2 ** rng.uniform(-0.5, 0.5),
             spheroid_indices=(2.5, 3.0, 4.0, 5.0),
             massive_density=3.0,
