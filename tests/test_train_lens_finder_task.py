@@ -33,7 +33,7 @@ import numpy as np
 import pytest
 from astropy.table import Table, vstack
 
-from lsst.daf.butler import Butler
+from lsst.daf.butler import Butler, DatasetType
 from lsst.meas.deeplearn.coadds import MultibandCoadd
 from lsst.meas.deeplearn.cutouts import Cutouts
 from lsst.meas.deeplearn.detection import detect_objects
@@ -491,6 +491,31 @@ def test_pipeline_trains_in_a_repository(tmp_path: Path) -> None:
         ]
     assert package.name == "deeplens_gri"
     assert package.record["training_set"]["seeds"] == sorted(seeds)
+
+
+def test_more_examples_are_added(examples: Table, tmp_path: Path) -> None:
+    """Examples of a second simulation of the same patches are trained on,
+    too.
+    """
+    make_test_repository(tmp_path / "repo", n_patches=(1, 1), inner_cells=(2, 2), n_sources=2)
+    config = make_training_config(moreExamples=["wide_training_cutouts"])
+    other = examples.copy()
+    other["seed"][:] = 6
+    with Butler.from_config(str(tmp_path / "repo"), run="u/test/examples", writeable=True) as writer:
+        for name, table in (("lens_training_cutouts", examples), ("wide_training_cutouts", other)):
+            writer.registry.registerDatasetType(
+                DatasetType(name, ("skymap", "tract", "patch"), "ArrowAstropy", universe=writer.dimensions)
+            )
+            writer.put(table, name, skymap="test", tract=0, patch=0)
+    butler = SimplePipelineExecutor.prep_butler(
+        str(tmp_path / "repo"), inputs=["u/test/examples"], output="u/test/training"
+    )
+    executor = SimplePipelineExecutor.from_task_class(TrainLensFinderTask, config=config, butler=butler)
+    executor.run(register_dataset_types=True)
+    with Butler.from_config(str(tmp_path / "repo"), collections="u/test/training") as reader:
+        record = ModelPackage.from_arrow(reader.get("deeplens_model")).record["training_set"]
+    assert record["seeds"] == [5, 6]
+    assert sum(sum(kinds.values()) for kinds in record["counts"].values()) == 2 * len(examples)
 
 
 @pytest.mark.parametrize("pipeline", [PIPELINE, PIPELINE.replace(".yaml", "_demo.yaml")])

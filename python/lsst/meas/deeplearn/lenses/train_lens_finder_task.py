@@ -110,6 +110,17 @@ class TrainLensFinderConnections(
 
     def __init__(self, *, config: TrainLensFinderConfig):
         super().__init__(config=config)
+        for k, name in enumerate(config.moreExamples):
+            more = cT.Input(
+                doc=f"Further examples to train on: {name}.",
+                name=name,
+                storageClass="ArrowAstropy",
+                dimensions=("skymap", "tract", "patch"),
+                multiple=True,
+                deferLoad=True,
+                minimum=0,
+            )
+            setattr(self, f"more_examples_{k}", more)
         if config.members > 1:
             del self.model
             for k in range(1, config.members + 1):
@@ -216,6 +227,13 @@ class TrainLensFinderConfig(PipelineTaskConfig, pipelineConnections=TrainLensFin
         allowed={16: "Half precision: half the size; scores change by about 1e-3.", 32: "As trained."},
     )
 
+    # The examples.
+    moreExamples = ListField[str](
+        doc="Dataset types of further examples, such as those of SimulateLensesTask with another "
+        "configuration and another connections.outputName.  Of one type there is one dataset a patch.",
+        default=[],
+    )
+
     # Training; see lsst.meas.deeplearn.training.TrainingSettings.
     initialModel = Field[str](
         doc="File of a model package whose weights the training starts from (fine-tuning), of the same "
@@ -298,8 +316,13 @@ class TrainLensFinderTask(PipelineTask):
         inputRefs: InputQuantizedConnection,
         outputRefs: OutputQuantizedConnection,
     ) -> None:
-        handles = butlerQC.get(inputRefs)["examples"]
-        handles = sorted(handles, key=lambda handle: tuple(handle.dataId.required_values))
+        inputs = butlerQC.get(inputRefs)
+        names = ["examples", *(f"more_examples_{k}" for k in range(len(self.config.moreExamples)))]
+        handles = [
+            handle
+            for name in names
+            for handle in sorted(inputs[name], key=lambda handle: tuple(handle.dataId.required_values))
+        ]
         try:
             outputs = self.run((handle.get() for handle in handles), num_cores=butlerQC.resources.num_cores)
         except TrainingSetError as err:
