@@ -145,17 +145,18 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
 
+    tables = [
+        table
+        for collection in args.train
+        for table in read_tables(args.repository, collection, "lens_training_cutouts")
+    ]
     models = []
     for recipe in args.recipes:
         start = time.process_time()
-        tables = (
-            table
-            for collection in args.train
-            for table in read_tables(args.repository, collection, "lens_training_cutouts")
-        )
         task = TrainLensFinderTask(config=make_config(recipe, args))
         models.append(task.run(tables, num_cores=args.threads).model)
         print(f"Trained {recipe}: {time.process_time() - start:.0f} s of CPU time", flush=True)
+    del tables
     rows = measure(models, args)
     for row in rows:
         print(
