@@ -217,6 +217,22 @@ def test_out_of_memory_halves_the_batch(orientations: int, caplog: pytest.LogCap
     assert f"going on with batches of {probe.largest}" in caplog.text
 
 
+def test_another_process_takes_the_memory() -> None:
+    """If two quanta share a GPU and memory goes, finished scores stay."""
+    inputs = _make_inputs(2 * CPU_BATCH + 5)
+    config = _make_config(averageOrientations=1)
+    probe = _Probe()
+
+    def lose_memory(*args: object) -> None:
+        probe.largest = CPU_BATCH // 2
+
+    probe.register_forward_hook(lose_memory)
+    outputs = predict(probe, inputs, config)
+    np.testing.assert_array_equal(outputs, predict(_Probe(), inputs, config))
+    half = CPU_BATCH // 2
+    assert probe.batches == [CPU_BATCH, CPU_BATCH, half, half, half]
+
+
 def test_out_of_memory_with_one_stamp() -> None:
     """If one stamp does not fit, that is an error with a cure."""
     with pytest.raises(torch.OutOfMemoryError) as info:
