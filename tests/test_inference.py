@@ -37,7 +37,13 @@ import torch
 from scipy.special import expit
 
 from lsst.meas.deeplearn import inference
-from lsst.meas.deeplearn.inference import CPU_BATCH, InferenceConfig, predict, torch_threads
+from lsst.meas.deeplearn.inference import (
+    CPU_BATCH,
+    InferenceConfig,
+    describe_engines,
+    predict,
+    torch_threads,
+)
 from lsst.meas.deeplearn.lenses.deeplens import DeepLens
 from lsst.meas.deeplearn.metrics import compute_auroc
 from lsst.meas.deeplearn.model_package import ModelPackage
@@ -383,6 +389,20 @@ def test_without_bfloat16(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
     outputs = predict(network, inputs, _make_config(precision="bfloat16"))
     assert "no bfloat16 arithmetic" in caplog.text
     np.testing.assert_array_equal(outputs, predict(network, inputs, _make_config(precision="float32")))
+
+
+@needs_openvino
+def test_openvino_without_bfloat16(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The same with OpenVINO, which knows what the CPU can do."""
+    openvino = inference._import_openvino()
+    monkeypatch.setattr(openvino.Core, "get_property", lambda core, device, name: ["FP32"])
+    network, inputs = _make_deeplens(), _make_inputs(3, size=45, bands=3)
+    config = _make_config(engine="openvino", precision="bfloat16")
+    outputs = predict(network, inputs, config)
+    assert "no bfloat16 arithmetic" in caplog.text
+    assert describe_engines([network], config).startswith("OpenVINO on cpu in float32")
+    config.precision = "float32"
+    np.testing.assert_array_equal(outputs, predict(network, inputs, config))
 
 
 @needs_openvino
