@@ -120,15 +120,17 @@ def _make_engine(
 def _time_two_cores(label: str, network: torch.nn.Module, inputs: np.ndarray, *, quick: bool) -> list[Result]:
     """Time two threads by the clock, against the 350 us of Lanusse's talk."""
     inputs = np.concatenate([inputs] * (1 if quick else 8))
-    config = InferenceConfig()
-    config.update(device="cpu", precision="float32", averageOrientations=1)
-    seconds, cores = time_on_cores(
-        lambda: predict(network, inputs, config, num_threads=2), repeats=1 if quick else 3
-    )
-    return [
-        Result("network", f"{label}, float32, two cores", 1e6 * seconds / len(inputs), "us/stamp"),
-        Result("network", "    cores that it had", cores, ""),
-    ]
+    results = []
+    for precision in ("float32", "bfloat16"):
+        config = InferenceConfig()
+        config.update(device="cpu", precision=precision, averageOrientations=1)
+        seconds, cores = time_on_cores(
+            lambda config=config: predict(network, inputs, config, num_threads=2), repeats=1 if quick else 3
+        )
+        what = f"{label}, {precision}, two cores"
+        results.append(Result("network", what, 1e6 * seconds / len(inputs), "us/stamp"))
+        results.append(Result("network", "    cores that it had", cores, ""))
+    return results
 
 
 def _time_gpu(label: str, network: torch.nn.Module, *, quick: bool) -> list[Result]:

@@ -37,7 +37,13 @@ import torch
 from scipy.special import expit
 
 from lsst.meas.deeplearn import inference
-from lsst.meas.deeplearn.inference import CPU_BATCH, InferenceConfig, predict, torch_threads
+from lsst.meas.deeplearn.inference import (
+    CPU_BATCH,
+    InferenceConfig,
+    describe_engines,
+    predict,
+    torch_threads,
+)
 from lsst.meas.deeplearn.lenses.deeplens import DeepLens
 from lsst.meas.deeplearn.metrics import compute_auroc
 from lsst.meas.deeplearn.model_package import ModelPackage
@@ -217,6 +223,22 @@ def test_out_of_memory_halves_the_batch(orientations: int, caplog: pytest.LogCap
     assert f"going on with batches of {probe.largest}" in caplog.text
 
 
+def test_another_process_takes_the_memory() -> None:
+    """If two quanta share a GPU and memory goes, finished scores stay."""
+    inputs = _make_inputs(2 * CPU_BATCH + 5)
+    config = _make_config(averageOrientations=1)
+    probe = _Probe()
+
+    def lose_memory(*args: object) -> None:
+        probe.largest = CPU_BATCH // 2
+
+    probe.register_forward_hook(lose_memory)
+    outputs = predict(probe, inputs, config)
+    np.testing.assert_array_equal(outputs, predict(_Probe(), inputs, config))
+    half = CPU_BATCH // 2
+    assert probe.batches == [CPU_BATCH, CPU_BATCH, half, half, half]
+
+
 def test_out_of_memory_with_one_stamp() -> None:
     """If one stamp does not fit, that is an error with a cure."""
     with pytest.raises(torch.OutOfMemoryError) as info:
@@ -367,6 +389,20 @@ def test_without_bfloat16(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
     outputs = predict(network, inputs, _make_config(precision="bfloat16"))
     assert "no bfloat16 arithmetic" in caplog.text
     np.testing.assert_array_equal(outputs, predict(network, inputs, _make_config(precision="float32")))
+
+
+@needs_openvino
+def test_openvino_without_bfloat16(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The same with OpenVINO, which knows what the CPU can do."""
+    openvino = inference._import_openvino()
+    monkeypatch.setattr(openvino.Core, "get_property", lambda core, device, name: ["FP32"])
+    network, inputs = _make_deeplens(), _make_inputs(3, size=45, bands=3)
+    config = _make_config(engine="openvino", precision="bfloat16")
+    outputs = predict(network, inputs, config)
+    assert "no bfloat16 arithmetic" in caplog.text
+    assert describe_engines([network], config).startswith("OpenVINO on cpu in float32")
+    config.precision = "float32"
+    np.testing.assert_array_equal(outputs, predict(network, inputs, config))
 
 
 @needs_openvino

@@ -461,7 +461,10 @@ class MultibandCoadd:
         coadds = {str(handle.dataId["band"]): handle for handle in handles}
         if len(coadds) < len(handles):
             raise ValueError("Some coadds are of the same band; those of one patch are needed, one each.")
-        return cls.from_coadds({band: _read(coadds[band]) for band in bands if band in coadds}, bands)
+        present = [band for band in bands if band in coadds]
+        # The bands share one patch, whose definition takes a read of its own.
+        read = {band: _read(coadds[band], with_patch=band == present[0]) for band in present}
+        return cls.from_coadds(read, bands)
 
     @property
     def missing_bands(self) -> tuple[str, ...]:
@@ -627,23 +630,25 @@ def _pad_or_crop(kernel: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-def _read(handle: DeferredDatasetHandle | InMemoryDatasetHandle) -> Any:
+def _read(handle: DeferredDatasetHandle | InMemoryDatasetHandle, *, with_patch: bool) -> Any:
     """Read the planes that are used here, and no others, from one dataset."""
     ref = getattr(handle, "ref", None)
     if ref is None or ref.datasetType.storageClass_name != "CellCoadd":
         return handle.get()
     names = ["image", "mask", "variance", "psf", "sky_projection"]
     planes = handle.get(component="components", parameters={"components": names})
-    box = planes["image"].bbox
-    one_pixel = Box.from_shape((1, 1), start=(box.y.start, box.x.start))
+    patch = None
+    if with_patch:  # There is no component for it.
+        box = planes["image"].bbox
+        one_pixel = Box.from_shape((1, 1), start=(box.y.start, box.x.start))
+        patch = _get_patch(handle.get(parameters={"bbox": one_pixel}))
     return CellCoadd(
         planes["image"],
         mask=planes["mask"],
         variance=planes["variance"],
         sky_projection=planes["sky_projection"],
         psf=planes["psf"],
-        # There is no component for the patch definition.
-        patch=_get_patch(handle.get(parameters={"bbox": one_pixel})),
+        patch=patch,
     )
 
 
