@@ -121,7 +121,7 @@ _ROTATED_SIGN = np.array([(-1.0) ** a for a, b in DERIVATIVES])
 # Parts in which pixels are added up.
 _N_PARTS = 4
 
-# Objects of which shapes are computed at once.
+# Objects that are measured at once.
 _CHUNK = 2048
 
 
@@ -450,12 +450,8 @@ class Metacalibration:
             if turned:
                 # It is the same to turn the kernels the other way.
                 kernels = np.rot90(kernels, -1, axes=(1, 2))
-            matrix = self._to_tensor(kernels.reshape(len(kernels), -1)).chunk(_N_PARTS, dim=1)
-            pixels = stamps.reshape(len(stamps), -1).chunk(_N_PARTS, dim=1)
-            # Faster with stamps on the right.  Sums over parts are in double
-            # precision, or errors of single precision would be twice as large.
-            parts = [(a @ b.T).to(torch.float64) for a, b in zip(matrix, pixels, strict=True)]
-            moments = torch.stack(parts).sum(dim=0).T
+            matrix = self._to_tensor(kernels.reshape(len(kernels), -1))
+            moments = torch.cat([_multiply(part.flatten(1), matrix) for part in stamps.split(_CHUNK)])
             alone = self.compute_moment_covariance(psf, fixnoise=False)[0, 0]
             variance = torch.full((len(stamps),), alone, dtype=torch.float64, device=self._device)
         elif psf.ndim == 3 and len(psf) == len(stamps):
@@ -647,6 +643,16 @@ class Metacalibration:
 
     def _to_dtype(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(np.ascontiguousarray(array), dtype=dtype, device=self._device)
+
+
+def _multiply(stamps: Tensor, kernels: Tensor) -> Tensor:
+    """Return the products of stamps, shape ``(N, pixels)``, with kernels,
+    shape ``(K, pixels)``, as float64.
+    """
+    # Faster with stamps on the right.  Sums over parts are in double
+    # precision, or errors of single precision would be twice as large.
+    parts = zip(kernels.chunk(_N_PARTS, dim=1), stamps.chunk(_N_PARTS, dim=1), strict=True)
+    return torch.stack([(a @ b.T).to(torch.float64) for a, b in parts]).sum(dim=0).T
 
 
 def _step_to_maximum(derivatives: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
