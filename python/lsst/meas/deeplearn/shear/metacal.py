@@ -650,7 +650,8 @@ def _multiply(stamps: Tensor, kernels: Tensor) -> Tensor:
     shape ``(K, pixels)``, as float64.
     """
     # Faster with stamps on the right.  Sums over parts are in double
-    # precision, or errors of single precision would be twice as large.
+    # precision, or errors of single precision would be 1.2 (48 stamps) to 2
+    # times (4 stamps) as large.
     parts = zip(kernels.chunk(_N_PARTS, dim=1), stamps.chunk(_N_PARTS, dim=1), strict=True)
     return torch.stack([(a @ b.T).to(torch.float64) for a, b in parts]).sum(dim=0).T
 
