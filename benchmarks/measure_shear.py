@@ -52,13 +52,15 @@ ARM = (0.02, 0.01, 0.0, 0.0)
 SHEARS = dict(zip(STEPS, ((0, 0), (STEP, 0), (-STEP, 0), (0, STEP), (0, -STEP)), strict=True))
 
 
-def measure_by_galsim(stamps: np.ndarray, psf: np.ndarray) -> np.ndarray:
-    """Return ellipticities by metacalibration with GalSim."""
+def measure_by_galsim(stamps: np.ndarray, psf: np.ndarray, *, n_steps: int = 0) -> np.ndarray:
+    """Return ellipticities by metacalibration with GalSim.
+
+    The weight is at the centre of the stamp, or follows the centroid by a
+    number of steps.
+    """
     size = stamps.shape[-1]
     axis = (np.arange(size) - size // 2) * PIXEL_SCALE
-    x, y = np.meshgrid(axis, axis)
-    weight = np.exp(-0.5 * (x**2 + y**2) * (8 * np.log(2)) / WEIGHT_FWHM**2)
-    polynomials = np.stack([np.ones_like(x), x**2 - y**2, 2 * x * y]) * weight
+    var = WEIGHT_FWHM**2 / (8 * np.log(2))
     star = galsim.InterpolatedImage(galsim.Image(psf, scale=PIXEL_SCALE), x_interpolant="lanczos15")
     inverse, target = galsim.Deconvolve(star), galsim.Gaussian(fwhm=TARGET_FWHM)
     ellipticities = []
@@ -68,8 +70,15 @@ def measure_by_galsim(stamps: np.ndarray, psf: np.ndarray) -> np.ndarray:
         for g1, g2 in SHEARS.values():
             sheared = galsim.Convolve(deconvolved.shear(g1=g1, g2=g2), target)
             pixels = sheared.drawImage(nx=size, ny=size, scale=PIXEL_SCALE, method="no_pixel").array
-            flux, plus, cross = (polynomials * pixels).sum(axis=(1, 2))
-            ellipticities.append((plus / flux, cross / flux))
+            center = np.zeros(2)
+            for step in range(n_steps + 1):
+                x, y = np.meshgrid(axis - center[0], axis - center[1])
+                weighted = pixels * np.exp(-0.5 * (x**2 + y**2) / var)
+                flux = weighted.sum()
+                if step < n_steps:
+                    center += 2 * np.array([(weighted * x).sum(), (weighted * y).sum()]) / flux
+            plus, cross = (weighted * (x**2 - y**2)).sum(), (weighted * 2 * x * y).sum()
+            ellipticities.append((plus / flux / var, cross / flux / var))
     return np.array(ellipticities).reshape(len(stamps), len(SHEARS), 2)
 
 

@@ -19,10 +19,11 @@
 # You should have received a copy of the GNU General Public License
 # along with this program.  If not, see <https://www.gnu.org/licenses/>.
 
-"""Shear bias of simulations that are too long for tests, with errors.
+"""Accuracy of the shear estimators, with errors, one command for each row of
+the table in the documentation.
 
-Run as ``python benchmarks/shear_accuracy.py blends``, ``noise`` or
-``selection``; see ``--help``.
+Run as ``python benchmarks/shear_accuracy.py clean``, ``noise``, ``selection``,
+``blends``, ``psf``, ``errors`` or ``galsim``; see ``--help``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 # Before numpy and torch load their libraries: one core.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -38,31 +40,39 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import galsim
 import numpy as np
 import torch
+from measure_shear import measure_by_galsim
 
 from lsst.meas.deeplearn.shear.bias import ShearBias, ShearSums, fit_bias
 from lsst.meas.deeplearn.shear.blends import compute_blended_sums
 from lsst.meas.deeplearn.shear.calibration import Bin, compute_shear_sums
 from lsst.meas.deeplearn.shear.metacal import Metacalibration
 from lsst.meas.deeplearn.shear.morphologies import ParametricGalaxies
-from lsst.meas.deeplearn.shear.simulation import GalaxySample, Scene, make_arms
+from lsst.meas.deeplearn.shear.simulation import GalaxySample, Scene, draw_stamps, make_arms, make_noise
 
 PSF = galsim.Moffat(beta=2.5, fwhm=0.7).shear(g1=0.02, g2=-0.02)
 PIXEL_SCALE, TARGET_FWHM = 0.2, 0.85
+MAGNITUDE = (20.0, 25.2)
 
-NOISE = {"1-year": 4.0, "10-year": 1.3}
+NOISE = {"none": 0.0, "1-year": 4.0, "10-year": 1.3}
 """Noise in a pixel in nJy."""
 
+SCALES = {"m": 1e3, "c": 1e5, "cross": 1e5, "cubic": 1.0, "alpha": 1e5}
+"""By what terms of the bias are multiplied in print."""
 
-def format_bias(name: str, bias: ShearBias) -> str:
-    """Return a line with m and c."""
+
+def format_bias(name: str, bias: ShearBias, terms: Sequence[str] = ("m", "c")) -> str:
+    """Return a line with terms of the bias."""
     values = [
-        f"{key} {scale * bias.values[key]:6.2f} +- {scale * bias.errors[key]:.2f}"
-        for key, scale in (("m1", 1e3), ("m2", 1e3), ("c1", 1e4), ("c2", 1e4))
+        f"{term}{i} {scale * bias.values[f'{term}{i}']:7.2f} +- {scale * bias.errors[f'{term}{i}']:.2f}"
+        for term, scale in SCALES.items()
+        for i in "12"
+        if term in terms
     ]
-    return f"{name:40}" + "  ".join(values) + "  (m / 1e-3, c / 1e-4)"
+    units = ", ".join(f"{term} / {1 / SCALES[term]:.0e}" for term in terms)
+    return f"{name:40}" + "  ".join(values) + f"  ({units})"
 
 
-def make_metacal(**settings: float) -> Metacalibration:
+def make_metacal(**settings: Any) -> Metacalibration:
     """Return the engine with other settings than usual."""
     return Metacalibration(
         pixel_scale=PIXEL_SCALE, stamp_size=63, **({"target_fwhm": TARGET_FWHM} | settings)
@@ -74,22 +84,26 @@ def simulate(
     estimators: Mapping[str, Metacalibration],
     bins: Mapping[str, Bin],
     *,
+    arms: np.ndarray | None = None,
     fixnoise: bool = True,
     dilation: float = 1.0,
+    **settings: Any,
 ) -> dict[tuple[str, str], ShearSums]:
-    """Return the sums of isolated galaxies with noise."""
-    scene = Scene(PSF, PIXEL_SCALE, noise_sigma=NOISE[args.noise])
+    """Return the sums of isolated galaxies; settings are those of the
+    scene.
+    """
+    scene = Scene(PSF, PIXEL_SCALE, noise_sigma=NOISE[args.noise], **settings)
     parts: dict[tuple[str, str], list[ShearSums]] = {}
     for block in range(args.n // args.block):
         galaxies = GalaxySample.draw(
-            np.arange(args.block * block, args.block * (block + 1)), seed=args.seed, magnitude=(20.0, 25.2)
+            np.arange(args.block * block, args.block * (block + 1)), seed=args.seed, magnitude=MAGNITUDE
         )
         galaxies.half_light_radius *= dilation
         sums = compute_shear_sums(
             galaxies,
             ParametricGalaxies(args.morphology),
             scene,
-            make_arms((args.shear,)),
+            make_arms((args.shear,)) if arms is None else arms,
             estimators=estimators,
             bins=bins,
             block=block,
@@ -99,6 +113,90 @@ def simulate(
         for key, values in sums.items():
             parts.setdefault(key, []).append(values)
     return {key: ShearSums.concatenate(values) for key, values in parts.items()}
+
+
+def measure_clean(args: argparse.Namespace) -> None:
+    """Print the bias of three shears without noise, with the cubic term."""
+    arms = make_arms((0.01, 0.02, 0.05), (0.05,))
+    sums = simulate(args, {"metacal": make_metacal()}, {"all": Bin()}, arms=arms, n_orientations=4)
+    bias = fit_bias(sums["metacal", "all"])
+    for terms in (("m", "c"), ("cross", "cubic"), ("alpha",)):
+        print(format_bias(args.morphology, bias, terms))
+
+
+def measure_wrong_psf(args: argparse.Namespace) -> None:
+    """Print what a wrong size of the PSF does to the bias."""
+    true, wrong = (
+        simulate(args, {"metacal": make_metacal()}, {"all": Bin()}, psf_size_error=error)["metacal", "all"]
+        for error in (0.0, args.error)
+    )
+    print(format_bias(f"PSF too large by {args.error}", fit_bias(wrong, reference=true)))
+
+
+def measure_errors(args: argparse.Namespace) -> None:
+    """Print how honest the errors of many small calibrations are."""
+    scene, arms = Scene(PSF, PIXEL_SCALE, noise_sigma=NOISE[args.noise]), make_arms((args.shear,))
+    metacal, morphology = make_metacal(), ParametricGalaxies(args.morphology)
+    stamps_shape = (-1, scene.stamp_size, scene.stamp_size)
+    calibrations = []
+    for first in range(0, args.n, args.galaxies):
+        galaxies = GalaxySample.draw(
+            np.arange(first, first + args.galaxies), seed=args.seed, magnitude=MAGNITUDE
+        )
+        images = morphology.draw(galaxies)
+        noise, more = (make_noise(galaxies, scene, fixnoise=value) for value in (False, True))
+        shapes = [
+            metacal.measure(
+                (draw_stamps(images, galaxies, scene, arm) + noise).reshape(stamps_shape),
+                scene.draw_psf(arm),
+                noise_sigma=scene.noise_sigma,
+                fixnoise=more.reshape(stamps_shape),
+            )
+            for arm in arms
+        ]
+        blocks = np.repeat(galaxies.ids // args.block, scene.n_orientations)
+        parts = [
+            ShearSums.from_shapes(
+                shapes,
+                [shape.select() & (blocks == block)[:, None] for shape in shapes],
+                arms=arms,
+                block=block,
+            )
+            for block in np.unique(blocks)
+        ]
+        calibrations.append(ShearSums.concatenate(parts))
+    truth = fit_bias(ShearSums.concatenate(calibrations))
+    print(format_bias("all together", truth))
+    fits = [fit_bias(sums) for sums in calibrations]
+    names = ("m1", "m2", "c1", "c2")
+    pulls = np.array([[(fit.values[k] - truth.values[k]) / fit.errors[k] for k in names] for fit in fits])
+    ratios = np.array([[fit.bootstrap_errors[k] / fit.errors[k] for k in names] for fit in fits])
+    for k, name in enumerate(names):
+        print(
+            f"{name}: scatter of {len(fits)} pulls {pulls[:, k].std():.2f}, mean {pulls[:, k].mean():.2f}; "
+            f"bootstrap / jackknife {ratios[:, k].mean():.2f}, {np.mean(np.abs(ratios[:, k] - 1) < 0.2):.0%} "
+            "within 20%"
+        )
+    print(f"all pulls: {pulls.std():.3f} +- {1 / np.sqrt(2 * pulls.size):.3f}")
+
+
+def measure_agreement(args: argparse.Namespace) -> None:
+    """Print how far ellipticities are from those of a loop with GalSim."""
+    metacal, morphology = make_metacal(dtype=torch.float64), ParametricGalaxies(args.morphology)
+    stamps, psfs, expected, found = [], [], [], []
+    for k, g in enumerate(np.linspace(-0.05, 0.05, args.n)):
+        galaxy = GalaxySample.draw(np.array([k]), seed=args.seed, magnitude=MAGNITUDE)
+        scene = Scene(PSF.shear(g1=g, g2=-g / 2).dilate(1 + g), PIXEL_SCALE)
+        stamp = draw_stamps(morphology.draw(galaxy), galaxy, scene, np.zeros(4))[0, :1]
+        psf = scene.draw_psf()
+        expected.append(measure_by_galsim(stamp, psf, n_steps=30))
+        found.append(metacal.measure(stamp, psf).e)
+        stamps.append(stamp)
+        psfs.append(psf)
+    together = metacal.measure(np.concatenate(stamps), np.stack(psfs)).e
+    for name, e in (("one PSF", np.concatenate(found)), ("PSF of each", together)):
+        largest = np.abs(e - np.concatenate(expected)).max()
+        print(f"{name}: {e.size} components of e differ by up to {largest:.1e}")
 
 
 def measure_noise(args: argparse.Namespace) -> None:
@@ -116,7 +214,6 @@ def measure_noise(args: argparse.Namespace) -> None:
         print(format_bias(label, bias), flush=True)
     faulty = simulate(args, {"metacal": make_metacal()}, {"all": Bin()}, fixnoise=False)
     print(format_bias("all, no noise correction", fit_bias(faulty["metacal", "all"])))
-    print(f"{time.process_time():.0f} s of CPU time")
 
 
 def measure_selection(args: argparse.Namespace) -> None:
@@ -134,7 +231,6 @@ def measure_selection(args: argparse.Namespace) -> None:
                 right, wrong = (sums[name, f"{cut} {value}"] for value in (True, False))
                 bias = fit_bias(wrong, reference=right)
                 print(format_bias(f"radii x {dilation}, {name}, S/N > {cut:g}", bias), flush=True)
-    print(f"{time.process_time():.0f} s of CPU time")
 
 
 def measure_blends(args: argparse.Namespace) -> None:
@@ -178,19 +274,30 @@ def main() -> None:
     blends.add_argument("--min-snr", type=float, default=10.0, help="threshold; weights are 1 at twice that")
     blends.add_argument("--realizations", type=int, default=4, help="of the noise, each with both signs")
     blends.set_defaults(function=measure_blends)
-    for name, function, n, realizations, text in (
-        ("noise", measure_noise, 3000, 400, "isolated galaxies with noise, with and without a cut"),
-        ("selection", measure_selection, 900, 60, "what the response of cuts is worth"),
+    for name, function, text, n, block, noise, realizations in (
+        ("clean", measure_clean, "isolated galaxies without noise, with the cubic term", 96, 4, "none", 0),
+        ("noise", measure_noise, "isolated galaxies with and without a cut", 3000, 30, "1-year", 400),
+        ("selection", measure_selection, "what the response of cuts is worth", 900, 30, "1-year", 60),
+        ("psf", measure_wrong_psf, "a PSF of the wrong size", 48, 2, "none", 0),
+        ("errors", measure_errors, "pulls of many small calibrations", 24000, 3, "10-year", 0),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("--n", type=int, default=n, help="number of galaxies")
-        command.add_argument("--block", type=int, default=30, help="galaxies in a block of the jackknife")
-        command.add_argument("--noise", choices=NOISE, default="1-year", help="level of the noise")
+        command.add_argument("--block", type=int, default=block, help="galaxies in a block of the jackknife")
+        command.add_argument("--noise", choices=NOISE, default=noise, help="level of the noise")
         command.add_argument("--realizations", type=int, default=realizations, help="of the noise")
         command.set_defaults(function=function)
+        if name == "psf":
+            command.add_argument("--error", type=float, default=0.02, help="of the size of the PSF")
+        elif name == "errors":
+            command.add_argument("--galaxies", type=int, default=120, help="galaxies in a calibration")
+    agreement = commands.add_parser("galsim", help="agreement with metacalibration by GalSim")
+    agreement.add_argument("--n", type=int, default=24, help="number of galaxies, each with a PSF of its own")
+    agreement.set_defaults(function=measure_agreement)
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.function(args)
+    print(f"{time.process_time():.0f} s of CPU time")
 
 
 if __name__ == "__main__":

@@ -474,13 +474,25 @@ def test_anacal_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_noise_without_cut() -> None:
-    """With the noise of a year m stays below 2e-3 without a cut, too, if
+@pytest.mark.parametrize(
+    "weight_snr",
+    [
+        pytest.param(
+            0.0,
+            marks=pytest.mark.xfail(
+                strict=True, reason="Objects of a signal to noise near 3 make the error of m 3e-3."
+            ),
+        ),
+        10.0,
+    ],
+)
+def test_noise_without_cut(weight_snr: float) -> None:
+    """With the noise of a year m stays below 2e-3 without a cut, too: if
     weights keep the objects of a signal to noise near 3 from ruling.
     """
     galaxies = GalaxySample.draw(np.arange(1500), seed=21, magnitude=(20.0, 25.2))
     scene, arms = Scene(PSF, SCALE, noise_sigma=4.0), make_arms((0.02,))
-    estimators = {"metacal": make_metacalibration(weight_snr=10.0)}
+    estimators = {"metacal": make_metacalibration(weight_snr=weight_snr)}
     sums = make_sums(galaxies, scene, arms, estimators=estimators, bins=ALL, n_blocks=50, n_realizations=400)
     check_small(fit(sums, "all"))
 
