@@ -108,7 +108,7 @@ def plot_bias_by_bin(bias: Table, estimator: str) -> Figure:
     rows = bias[(bias["estimator"] == estimator) & (bias["reference"] == "") & ~bias["flag"]]
     quantities = [name for name in QUANTITIES if (rows["bin_quantity"] == name).any()]
     figure = make_figure(figsize=(1.0 + 3.0 * max(len(quantities), 1), 3.4), layout="constrained")
-    axes = figure.subplots(1, max(len(quantities), 1), squeeze=False, sharey=True)[0]
+    axes = figure.subplots(1, max(len(quantities), 1), squeeze=False)[0]
     morphologies = _sort(rows["morphology"])
     m, error = 1e3 * (rows["m1"] + rows["m2"]) / 2, 1e3 * np.hypot(rows["m1_err"], rows["m2_err"]) / 2
     for axis, quantity in zip(axes, quantities, strict=False):
@@ -133,11 +133,13 @@ def plot_bias_by_bin(bias: Table, estimator: str) -> Figure:
             )
         if quantity == "snr":
             axis.set_xscale("log")
-    axes[0].set_ylabel(f"m / 0.001, {estimator}")
-    usual = (error < 10 * np.median(error)) & (rows["bin_quantity"] != "") if len(rows) else []
-    if np.any(usual):
+        # Errors differ by orders of magnitude, from one quantity to another
+        # and within one.
+        inside = rows["bin_quantity"] == quantity
+        usual = inside & (error < 10 * np.median(error[inside]))
         limit = 1.1 * float((np.abs(m) + error)[usual].max())
-        axes[0].set_ylim(-limit, limit)
+        axis.set_ylim(-limit, limit)
+    axes[0].set_ylabel(f"m / 0.001, {estimator}")
     if morphologies:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize="small")
