@@ -345,19 +345,36 @@ def test_whole_coadd(model: ModelPackage) -> None:
     coadd = MultibandCoadd.from_coadds(coadds)
     objects = make_objects(coadd)[2:]
     task = CvaeGalaxyTask(config=make_config(doCoadd=True))
-    table = task.run(coadd, objects, model).cutouts
-    synthetic = task.make_coadd(coadds["i"], table, seed=3)
+    synthetic = task.make_coadd(coadds["i"], task.run(coadd, objects, model).light, seed=3)
     data = np.isfinite(coadds["i"].image.array)
     assert np.array_equal(np.isfinite(synthetic.image.array), data)
     assert not data.all()
     quiet = CvaeGalaxyTask(config=make_config(doCoadd=True, doNoise=False))
-    clean = quiet.make_coadd(coadds["i"], quiet.run(coadd, objects, model).cutouts, seed=3)
+    clean = quiet.make_coadd(coadds["i"], quiet.run(coadd, objects, model).light, seed=3)
     flux = float(np.sum(objects["i_cModelFlux"]))
     assert clean.image.array[data].sum() == pytest.approx(flux, rel=0.05)
     noise = (synthetic.image.array - clean.image.array)[data]
     assert noise.std() == pytest.approx(5, rel=0.05)
     with pytest.raises(FieldValidationError, match="CellCoadd"):
         make_config(doCoadd=True, coaddStorageClass="ExposureF").validate()
+
+
+def test_bright_galaxies_have_no_edge(coadd: MultibandCoadd, model: ModelPackage) -> None:
+    """Their light falls off beyond the grid of the model, too."""
+    objects = make_objects(coadd, 2)
+    objects["i_cModelFlux"][1] = 10 ** (0.4 * (31.4 - 30.0))
+    result = CvaeGalaxyTask(config=make_config(doNoise=False, selection=[])).run(coadd, objects, model)
+    cutouts = Cutouts.from_table(result.cutouts)
+    rings = []
+    for x, y in zip(cutouts.x - coadd.bbox.x.start, cutouts.y - coadd.bbox.y.start, strict=True):
+        rows, columns = np.indices(result.light.shape)
+        distance = np.hypot(rows - y, columns - x)
+        rings.append([result.light[np.abs(distance - radius) < 1].mean() for radius in range(4, 17, 2)])
+    # The grid reaches 4.8 pixels to each side, and the PSF 7 further.
+    bright, faint = np.array(rings)
+    assert (bright > 0.03).all()
+    assert (bright[1:] / bright[:-1] > 0.25).all()
+    assert faint[-1] < 1e-4 * faint[0]
 
 
 def test_no_objects(coadd: MultibandCoadd, model: ModelPackage) -> None:

@@ -411,6 +411,9 @@ class CvaeSampler:
         Number of galaxies to decode at once; more than 1 is for GPUs.
     device
         Where to, as torch names it.
+    size
+        Even number of pixels on a side of the grid, if not that of the model.
+        Galaxies are the same, but more of their wings is on a larger grid.
 
     Raises
     ------
@@ -421,13 +424,20 @@ class CvaeSampler:
     """
 
     def __init__(
-        self, package: ModelPackage, *, outside: str = "raise", batch_size: int = 1, device: str = "cpu"
+        self,
+        package: ModelPackage,
+        *,
+        outside: str = "raise",
+        batch_size: int = 1,
+        device: str = "cpu",
+        size: int | None = None,
     ) -> None:
         check_galaxy_model(package)
         if outside not in ("raise", "clip", "flag"):
             raise ValueError(f"Conditions outside the training set can raise, clip or flag, not {outside!r}.")
         network = package.make_network()
         assert isinstance(network, Cvae)
+        network.size = size or network.size
         self.package = package
         self.outside = outside
         self._network = network.to(device)
@@ -441,7 +451,7 @@ class CvaeSampler:
 
     @property
     def size(self) -> int:
-        """Side of the grid of the model in pixels."""
+        """Side of the grid in pixels."""
         return self._network.size
 
     @property
