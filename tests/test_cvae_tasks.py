@@ -223,19 +223,34 @@ def test_radius_from_moments_and_redshift_from_magnitude(coadd: MultibandCoadd, 
 
 def test_bad_objects_have_flags(coadd: MultibandCoadd, model: ModelPackage) -> None:
     """Unknown, impossible and far-off conditions, and no place: flags."""
-    objects = make_objects(coadd, 7)
-    objects["i_cModelFlux"][0] = np.nan
-    objects["i_cModelFlux"][1] = -5.0
-    objects["photoz"][2] = -0.5
-    objects["radius"][3] = np.nan
-    objects["coord_ra"][4] = 151.0
-    objects["radius"][5] = 50.0
+    objects = make_objects(coadd, 9)
+    objects["i_cModelFlux"][:3] = [np.nan, -5.0, 0.0]
+    objects["photoz"][3] = -0.5
+    objects["radius"][4:6] = [np.nan, -99.0]
+    objects["coord_ra"][6] = 151.0
+    objects["radius"][7] = 50.0
     table = CvaeGalaxyTask(config=make_config(selection=[])).run(coadd, objects, model).cutouts
-    assert table["flag_not_drawn"].tolist() == [True] * 5 + [False] * 2
-    assert table["flag_outside"].tolist() == [False] * 5 + [True, False]
+    assert table["flag_not_drawn"].tolist() == [True] * 7 + [False] * 2
+    assert table["flag_outside"].tolist() == [False] * 7 + [True, False]
     images = table["image"]
-    assert np.isnan(images[:5]).all()
-    assert np.isfinite(images[5:]).all()
+    assert np.isnan(images[:7]).all()
+    assert np.isfinite(images[7:]).all()
+
+
+def test_stamps_at_a_missing_cell(model: ModelPackage) -> None:
+    """Galaxies are drawn where there are data, and nowhere else."""
+    coadds = make_test_coadds("i", missing_cells=[(0, 0)])
+    coadd = MultibandCoadd.from_coadds(coadds)
+    missing = ~np.isfinite(coadds["i"].image.array)
+    y, x = np.argwhere(missing).max(axis=0) + 5
+    objects = make_objects(coadd, 1)
+    where = {"x": np.array([coadd.bbox.x.start + x]), "y": np.array([coadd.bbox.y.start + y])}
+    objects["coord_ra"], objects["coord_dec"] = coadd.pixel_to_sky(**where)
+    table = CvaeGalaxyTask(config=make_config()).run(coadd, objects, model).cutouts
+    assert not table["flag_not_drawn"][0]
+    cut = missing[y - 22 : y + 23, x - 22 : x + 23]
+    assert cut.any()
+    np.testing.assert_array_equal(np.isnan(table["image"][0, 0]), cut)
 
 
 def cut_galaxies(coadd: MultibandCoadd, objects: Table, **kwargs: Any) -> Table:
