@@ -51,7 +51,14 @@ from lsst.meas.deeplearn.training import TrainingSettings
 
 CONDITIONS = np.array([[0.3, 22.0, 0.8]])
 
-NETWORK = {"width": 2, "latents": 3, "texture_size": 32, "texture_start": 4, "flow_layers": 2}
+NETWORK = {
+    "width": 2,
+    "latents": 3,
+    "texture_size": 32,
+    "texture_start": 4,
+    "flow_layers": 2,
+    "texture_layers": 2,
+}
 
 SMALL = {"name": "test", "version": "1", "network": NETWORK, "warm_up": 8, "accelerator": "cpu"}
 """What makes a quick training."""
@@ -233,17 +240,18 @@ def test_scores_of_images(package: ModelPackage, galaxies: GalaxySet) -> None:
     )[0].shape == (0, 3)
 
 
-def test_prior_is_fitted_to_the_encoder(package: ModelPackage, galaxies: GalaxySet) -> None:
-    """Latent means get more likely, and nothing but the prior changes."""
+def test_priors_are_fitted_to_the_encoder(package: ModelPackage, galaxies: GalaxySet) -> None:
+    """Latent variables get more likely, and nothing but priors changes."""
     network = package.make_network()
     assert isinstance(network, Cvae)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     data = make_batch(galaxies, network.condition_space, min_noise=1e-4)
     psf = torch.from_numpy(galaxies.psf)
-    first, last = (fit_prior(network, data, psf=psf, steps=steps) for steps in (1, 100))
-    assert last > first
+    first, last = (fit_prior(network, data, psf=psf, steps=n, texture_steps=n) for n in (1, 100))
+    assert last[0] > first[0]
+    assert last[1] > first[1]
     for key, value in network.state_dict().items():
-        assert key.startswith("prior.") or torch.equal(value, before[key])
+        assert key.startswith(("prior.", "texture_prior.")) or torch.equal(value, before[key])
 
 
 @pytest.mark.slow
