@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import galsim
 import numpy as np
@@ -76,7 +77,7 @@ def validation() -> GalaxySet:
     return make_synthetic_set(16, seed=2, size=32, n_psfs=2, max_magnitude=23.0)
 
 
-def make_sampler(package: ModelPackage, **kwargs: str) -> CvaeSampler:
+def make_sampler(package: ModelPackage, **kwargs: Any) -> CvaeSampler:
     """Return a sampler of a package after it was written and read."""
     return CvaeSampler(ModelPackage.from_bytes(package.to_bytes()), **kwargs)
 
@@ -282,3 +283,13 @@ def test_recovers_the_galaxy_before_the_psf() -> None:
     radius, truth, blurred = (measure(images) for images in (found, galaxies.truth, galaxies.image))
     assert np.median(np.abs(radius / truth - 1)) < 0.05
     assert abs(np.median(radius / truth - 1)) < abs(np.median(blurred / truth - 1)) + 0.02
+
+
+def test_larger_grids_have_the_same_galaxies(package: ModelPackage) -> None:
+    """What a larger grid adds is outside of the grid of the model."""
+    conditions = np.array([[0.15, 22.0, 0.8]])
+    small, large = (make_sampler(package, outside="flag", size=n).draw(conditions, [3])[0] for n in (32, 64))
+    assert large.shape == (65, 65)
+    np.testing.assert_allclose(large[20:45, 20:45], small[4:29, 4:29], atol=0.01 * small.max())
+    outside = np.abs(np.arange(65) - 32) > 16
+    assert large[outside].sum() > 0
