@@ -243,7 +243,6 @@ class Cvae(nn.Module):
         self.shape_encoder = _ShapeEncoder(width, latents)
         self.texture_encoder = _TextureEncoder(width, context + 1, texture_latents)
         self.prior = ConditionalFlow(latents, N_CONDITIONS, layers=flow_layers)
-        self.texture_prior = MapFlow(texture_latents, context, layers=texture_layers)
         self.envelope = nn.Sequential(
             nn.Linear(context, 128),
             nn.SiLU(),
@@ -252,6 +251,7 @@ class Cvae(nn.Module):
             nn.Linear(128, ENVELOPE_PARAMETERS),
         )
         self.texture = _TextureDecoder(width, context, texture_latents)
+        self.texture_prior = MapFlow(texture_latents, context, layers=texture_layers)
         for layer in (self.envelope[-1], self.texture.last):
             assert isinstance(layer, nn.Linear | nn.Conv2d)
             assert layer.bias is not None

@@ -198,7 +198,7 @@ class TrainCvaeConfig(PipelineTaskConfig, pipelineConnections=TrainCvaeConnectio
         dtype=float,
         doc="Standard deviation of the normal deviates from which the texture of new galaxies is drawn; 1 is "
         "the prior, and more makes up for what the encoder does not see.",
-        default=1.2,
+        default=1.15,
         min=0.0,
     )
     textureStart = RangeField(
