@@ -80,6 +80,8 @@ SMALL: dict[str, Any] = {
     "textureStart": 2,
     "flowLayers": 1,
     "priorSteps": 5,
+    "textureLayers": 2,
+    "texturePriorSteps": 5,
     "epochs": 1,
     "batchSize": 16,
     "maxMagnitude": 23.5,
