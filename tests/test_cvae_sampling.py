@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import galsim
 import numpy as np
@@ -51,7 +52,14 @@ from lsst.meas.deeplearn.training import TrainingSettings
 
 CONDITIONS = np.array([[0.3, 22.0, 0.8]])
 
-NETWORK = {"width": 2, "latents": 3, "texture_size": 32, "texture_start": 4, "flow_layers": 2}
+NETWORK = {
+    "width": 2,
+    "latents": 3,
+    "texture_size": 32,
+    "texture_start": 4,
+    "flow_layers": 2,
+    "texture_layers": 2,
+}
 
 SMALL = {"name": "test", "version": "1", "network": NETWORK, "warm_up": 8, "accelerator": "cpu"}
 """What makes a quick training."""
@@ -69,7 +77,7 @@ def validation() -> GalaxySet:
     return make_synthetic_set(16, seed=2, size=32, n_psfs=2, max_magnitude=23.0)
 
 
-def make_sampler(package: ModelPackage, **kwargs: str) -> CvaeSampler:
+def make_sampler(package: ModelPackage, **kwargs: Any) -> CvaeSampler:
     """Return a sampler of a package after it was written and read."""
     return CvaeSampler(ModelPackage.from_bytes(package.to_bytes()), **kwargs)
 
@@ -233,17 +241,18 @@ def test_scores_of_images(package: ModelPackage, galaxies: GalaxySet) -> None:
     )[0].shape == (0, 3)
 
 
-def test_prior_is_fitted_to_the_encoder(package: ModelPackage, galaxies: GalaxySet) -> None:
-    """Latent means get more likely, and nothing but the prior changes."""
+def test_priors_are_fitted_to_the_encoder(package: ModelPackage, galaxies: GalaxySet) -> None:
+    """Latent variables get more likely, and nothing but priors changes."""
     network = package.make_network()
     assert isinstance(network, Cvae)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     data = make_batch(galaxies, network.condition_space, min_noise=1e-4)
     psf = torch.from_numpy(galaxies.psf)
-    first, last = (fit_prior(network, data, psf=psf, steps=steps) for steps in (1, 100))
-    assert last > first
+    first, last = (fit_prior(network, data, psf=psf, steps=n, texture_steps=n) for n in (1, 100))
+    assert last[0] > first[0]
+    assert last[1] > first[1]
     for key, value in network.state_dict().items():
-        assert key.startswith("prior.") or torch.equal(value, before[key])
+        assert key.startswith(("prior.", "texture_prior.")) or torch.equal(value, before[key])
 
 
 @pytest.mark.slow
@@ -274,3 +283,13 @@ def test_recovers_the_galaxy_before_the_psf() -> None:
     radius, truth, blurred = (measure(images) for images in (found, galaxies.truth, galaxies.image))
     assert np.median(np.abs(radius / truth - 1)) < 0.05
     assert abs(np.median(radius / truth - 1)) < abs(np.median(blurred / truth - 1)) + 0.02
+
+
+def test_larger_grids_have_the_same_galaxies(package: ModelPackage) -> None:
+    """What a larger grid adds is outside of the grid of the model."""
+    conditions = np.array([[0.15, 22.0, 0.8]])
+    small, large = (make_sampler(package, outside="flag", size=n).draw(conditions, [3])[0] for n in (32, 64))
+    assert large.shape == (65, 65)
+    np.testing.assert_allclose(large[20:45, 20:45], small[4:29, 4:29], atol=0.01 * small.max())
+    outside = np.abs(np.arange(65) - 32) > 16
+    assert large[outside].sum() > 0

@@ -80,6 +80,8 @@ SMALL: dict[str, Any] = {
     "textureStart": 2,
     "flowLayers": 1,
     "priorSteps": 5,
+    "textureLayers": 2,
+    "texturePriorSteps": 5,
     "epochs": 1,
     "batchSize": 16,
     "maxMagnitude": 23.5,
@@ -223,19 +225,34 @@ def test_radius_from_moments_and_redshift_from_magnitude(coadd: MultibandCoadd, 
 
 def test_bad_objects_have_flags(coadd: MultibandCoadd, model: ModelPackage) -> None:
     """Unknown, impossible and far-off conditions, and no place: flags."""
-    objects = make_objects(coadd, 7)
-    objects["i_cModelFlux"][0] = np.nan
-    objects["i_cModelFlux"][1] = -5.0
-    objects["photoz"][2] = -0.5
-    objects["radius"][3] = np.nan
-    objects["coord_ra"][4] = 151.0
-    objects["radius"][5] = 50.0
+    objects = make_objects(coadd, 9)
+    objects["i_cModelFlux"][:3] = [np.nan, -5.0, 0.0]
+    objects["photoz"][3] = -0.5
+    objects["radius"][4:6] = [np.nan, -99.0]
+    objects["coord_ra"][6] = 151.0
+    objects["radius"][7] = 50.0
     table = CvaeGalaxyTask(config=make_config(selection=[])).run(coadd, objects, model).cutouts
-    assert table["flag_not_drawn"].tolist() == [True] * 5 + [False] * 2
-    assert table["flag_outside"].tolist() == [False] * 5 + [True, False]
+    assert table["flag_not_drawn"].tolist() == [True] * 7 + [False] * 2
+    assert table["flag_outside"].tolist() == [False] * 7 + [True, False]
     images = table["image"]
-    assert np.isnan(images[:5]).all()
-    assert np.isfinite(images[5:]).all()
+    assert np.isnan(images[:7]).all()
+    assert np.isfinite(images[7:]).all()
+
+
+def test_stamps_at_a_missing_cell(model: ModelPackage) -> None:
+    """Galaxies are drawn where there are data, and nowhere else."""
+    coadds = make_test_coadds("i", missing_cells=[(0, 0)])
+    coadd = MultibandCoadd.from_coadds(coadds)
+    missing = ~np.isfinite(coadds["i"].image.array)
+    y, x = np.argwhere(missing).max(axis=0) + 5
+    objects = make_objects(coadd, 1)
+    where = {"x": np.array([coadd.bbox.x.start + x]), "y": np.array([coadd.bbox.y.start + y])}
+    objects["coord_ra"], objects["coord_dec"] = coadd.pixel_to_sky(**where)
+    table = CvaeGalaxyTask(config=make_config()).run(coadd, objects, model).cutouts
+    assert not table["flag_not_drawn"][0]
+    cut = missing[y - 22 : y + 23, x - 22 : x + 23]
+    assert cut.any()
+    np.testing.assert_array_equal(np.isnan(table["image"][0, 0]), cut)
 
 
 def cut_galaxies(coadd: MultibandCoadd, objects: Table, **kwargs: Any) -> Table:
@@ -345,19 +362,36 @@ def test_whole_coadd(model: ModelPackage) -> None:
     coadd = MultibandCoadd.from_coadds(coadds)
     objects = make_objects(coadd)[2:]
     task = CvaeGalaxyTask(config=make_config(doCoadd=True))
-    table = task.run(coadd, objects, model).cutouts
-    synthetic = task.make_coadd(coadds["i"], table, seed=3)
+    synthetic = task.make_coadd(coadds["i"], task.run(coadd, objects, model).light, seed=3)
     data = np.isfinite(coadds["i"].image.array)
     assert np.array_equal(np.isfinite(synthetic.image.array), data)
     assert not data.all()
     quiet = CvaeGalaxyTask(config=make_config(doCoadd=True, doNoise=False))
-    clean = quiet.make_coadd(coadds["i"], quiet.run(coadd, objects, model).cutouts, seed=3)
+    clean = quiet.make_coadd(coadds["i"], quiet.run(coadd, objects, model).light, seed=3)
     flux = float(np.sum(objects["i_cModelFlux"]))
     assert clean.image.array[data].sum() == pytest.approx(flux, rel=0.05)
     noise = (synthetic.image.array - clean.image.array)[data]
     assert noise.std() == pytest.approx(5, rel=0.05)
     with pytest.raises(FieldValidationError, match="CellCoadd"):
         make_config(doCoadd=True, coaddStorageClass="ExposureF").validate()
+
+
+def test_bright_galaxies_have_no_edge(coadd: MultibandCoadd, model: ModelPackage) -> None:
+    """Their light falls off beyond the grid of the model, too."""
+    objects = make_objects(coadd, 2)
+    objects["i_cModelFlux"][1] = 10 ** (0.4 * (31.4 - 30.0))
+    result = CvaeGalaxyTask(config=make_config(doNoise=False, selection=[])).run(coadd, objects, model)
+    cutouts = Cutouts.from_table(result.cutouts)
+    rings = []
+    for x, y in zip(cutouts.x - coadd.bbox.x.start, cutouts.y - coadd.bbox.y.start, strict=True):
+        rows, columns = np.indices(result.light.shape)
+        distance = np.hypot(rows - y, columns - x)
+        rings.append([result.light[np.abs(distance - radius) < 1].mean() for radius in range(4, 17, 2)])
+    # The grid reaches 4.8 pixels to each side, and the PSF 7 further.
+    bright, faint = np.array(rings)
+    assert (bright > 0.03).all()
+    assert (bright[1:] / bright[:-1] > 0.25).all()
+    assert faint[-1] < 1e-4 * faint[0]
 
 
 def test_no_objects(coadd: MultibandCoadd, model: ModelPackage) -> None:

@@ -124,6 +124,7 @@ def test_galaxies(repository: Path) -> None:
     """A galaxy model is trained and drawn from, and queries find it all."""
     small = {"nGalaxies": 100, "size": 32, "width": 2, "latents": 3, "textureSize": 16, "textureStart": 2}
     small |= {"flowLayers": 1, "priorSteps": 5, "epochs": 1, "batchSize": 16, "maxMagnitude": 23.5}
+    small |= {"textureLayers": 2, "texturePriorSteps": 5}
     compared = {"nGalaxies": 24, "nBootstrap": 2, "nShown": 3, "maxMagnitude": 22.5}
     settings = {"trainCvae": small, "compareMorphology": compared}
     options = [

@@ -112,7 +112,8 @@ class GalaxyPatchConfig(PatchConfig, pipelineConnections=PatchConnections):
     )
     minRadius = RangeField(
         dtype=float,
-        doc="Half-light radius in arcsec that is taken for objects with a smaller one.",
+        doc="Half-light radius in arcsec that is taken for objects with a smaller one, or with 0; a negative "
+        "one is unknown.",
         default=0.08,
         min=0.0,
         inclusiveMin=False,
@@ -293,7 +294,7 @@ def _get_radii(selected: Table, cutouts: Cutouts, config: GalaxyPatchConfig) -> 
         psf = np.array([_measure_psf_variance(kernel) for kernel in cutouts.psf[:, 0]])
         variance = np.maximum((xx + yy) / 2 - psf.reshape(xx.shape), 0.0)
         radius = GAUSSIAN_HALF_LIGHT_RADIUS * np.sqrt(variance) * cutouts.pixel_scale
-    return np.where(np.isfinite(radius), np.maximum(radius, config.minRadius), np.nan)
+    return np.where(np.isfinite(radius) & (radius >= 0), np.maximum(radius, config.minRadius), np.nan)
 
 
 def _get_redshifts(

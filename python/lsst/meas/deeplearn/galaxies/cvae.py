@@ -32,10 +32,11 @@ bulge and an exponential disk, and multiplies the disk by a texture, which
 convolutions make in the plane of the disk, in units of its radius.  So size
 and shape are exact on every grid, and the convolutions work on the same
 pattern whatever the size, inclination and direction of the galaxy.  There
-are two kinds of latent variables: those of the shape, which the flow
-describes given y, and independent ones for each place in the disk.  The
-second kind is what makes knots that are sharp; a few variables for the whole
-galaxy can only blur them.
+are two kinds of latent variables: those of the shape, which a flow describes
+given y, and some for each place in the disk.  The second kind is what makes
+knots that are sharp; a few variables for the whole galaxy can only blur them.
+How they depend on each other, on the shape and on y, a flow of maps describes:
+if they were independent, all disks would be equally knotty.
 
 Grids are those of `fourier`, with the origin at pixel S / 2; everything is
 drawn in Fourier space.
@@ -49,7 +50,6 @@ __all__ = (
     "Elbo",
     "Envelope",
     "compute_elbo",
-    "compute_kl_divergence",
     "compute_log_likelihood",
     "compute_transform",
     "invert_transform",
@@ -66,7 +66,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .conditions import CONDITION_NAMES, ConditionSpace
-from .flow import ConditionalFlow
+from .flow import ConditionalFlow, MapFlow, append_radius
 
 ENVELOPE_PARAMETERS = 8
 """Radii of disk and bulge, bulge fraction, two components of ellipticity,
@@ -140,7 +140,7 @@ class CvaeOutput(NamedTuple):
     one draw of them, shape ``(N,)``."""
 
     texture_divergence: Tensor
-    """KL divergence of the variables of the texture, shape ``(N,)``."""
+    """The same of the variables of the texture, shape ``(N,)``."""
 
 
 class Elbo(NamedTuple):
@@ -175,13 +175,16 @@ class Cvae(nn.Module):
     texture_latents
         Number of latent variables in each cell of 4 x 4 of them.
     texture_scale
-        Standard deviation with which those are drawn for new galaxies; 1 is
-        the prior.
+        Standard deviation of the normal deviates from which the texture of
+        new galaxies is drawn; 1 is the prior.
     texture_start
         Number of training steps before there is any texture, so that bulge
         and disk do what they can.
     flow_layers
         Number of layers of the flow that is the prior of the shape; 0 is a
+        Gaussian.
+    texture_layers
+        Number of layers of the flow that is the prior of the texture; 0 is a
         Gaussian.
     output_fwhm
         Width in arcsec of the Gaussian that smooths generated galaxies to
@@ -207,6 +210,7 @@ class Cvae(nn.Module):
         texture_scale: float = 1.0,
         texture_start: int = 1000,
         flow_layers: int = 8,
+        texture_layers: int = 0,
         output_fwhm: float = 0.13,
     ) -> None:
         super().__init__()
@@ -247,6 +251,7 @@ class Cvae(nn.Module):
             nn.Linear(128, ENVELOPE_PARAMETERS),
         )
         self.texture = _TextureDecoder(width, context, texture_latents)
+        self.texture_prior = MapFlow(texture_latents, context, layers=texture_layers)
         for layer in (self.envelope[-1], self.texture.last):
             assert isinstance(layer, nn.Linear | nn.Conv2d)
             assert layer.bias is not None
@@ -292,27 +297,22 @@ class Cvae(nn.Module):
         envelope = self._make_envelope(context, radius)
         smooth = self._draw_envelope(envelope)
         # One draw of z for the flow, which has no closed form.
-        log_posterior = -0.5 * (shape_noise**2 + log_variance + math.log(2 * math.pi)).sum(dim=1)
+        log_posterior = _compute_log_posterior(shape_noise, log_variance)
         shape_divergence = log_posterior - self.prior.compute_log_density(shape, conditions)
         if self.training:
             self.steps += 1
         if self.steps <= self.texture_start:
             return CvaeOutput(smooth[0] + smooth[1], mean, shape_divergence, torch.zeros_like(radius))
-        with torch.no_grad():
-            observed = invert_transform(smooth[0] + smooth[1], compute_transform(psf))
-            residual = self._deproject(image, observed, noise, envelope)
-        texture_mean, texture_log_variance = self.texture_encoder(
-            residual, torch.cat([context, torch.log10(noise)[:, None] + 3], dim=1)
+        texture_mean, texture_log_variance = self._encode_texture(
+            image, psf, noise, context, envelope, smooth
         )
         texture = texture_mean + torch.exp(0.5 * texture_log_variance) * texture_noise
-        zeros = torch.zeros_like(texture_mean)
+        log_posterior = _compute_log_posterior(texture_noise.flatten(1), texture_log_variance.flatten(1))
         return CvaeOutput(
             transform=self._add_texture(envelope, smooth, self.texture(texture, context)),
             mean=mean,
             shape_divergence=shape_divergence,
-            texture_divergence=compute_kl_divergence(
-                *(part.flatten(1) for part in (texture_mean, texture_log_variance, zeros, zeros))
-            ),
+            texture_divergence=log_posterior - self.texture_prior.compute_log_density(texture, context),
         )
 
     def encode(self, image: Tensor, psf: Tensor, noise: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,6 +332,27 @@ class Cvae(nn.Module):
         seen = self._zoom(image, psf, noise, self._compute_radius(conditions))
         mean, log_variance = self.shape_encoder(seen, scalars)
         return mean, log_variance
+
+    def encode_texture(
+        self, image: Tensor, psf: Tensor, noise: Tensor, conditions: Tensor, shape: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and log variance of the texture in q(z|x, y).
+
+        Parameters
+        ----------
+        image, psf, noise, conditions
+            As for `forward`.
+        shape
+            Latent variables of the shape, shape ``(N, Z)``.
+
+        Returns
+        -------
+        mean, log_variance
+            Shape ``(N, *texture_shape)`` each.
+        """
+        context = torch.cat([shape, conditions], dim=1)
+        envelope = self._make_envelope(context, self._compute_radius(conditions))
+        return self._encode_texture(image, psf, noise, context, envelope, self._draw_envelope(envelope))
 
     def decode(
         self, shape: Tensor, texture: Tensor, conditions: Tensor, orientation: Tensor | None = None
@@ -389,7 +410,9 @@ class Cvae(nn.Module):
         """
         shape_noise, texture_noise = self._split(latent_noise)
         shape = self.prior.sample(shape_noise, conditions)
-        return self.decode(shape, self.texture_scale * texture_noise, conditions, orientation)
+        context = torch.cat([shape, conditions], dim=1)
+        texture = self.texture_prior.sample(self.texture_scale * texture_noise, context)
+        return self.decode(shape, texture, conditions, orientation)
 
     def smooth(self, transform: Tensor) -> Tensor:
         """Convolve with the Gaussian of ``output_fwhm``.
@@ -505,6 +528,24 @@ class Cvae(nn.Module):
             dim=1,
         )
 
+    def _encode_texture(
+        self,
+        image: Tensor,
+        psf: Tensor,
+        noise: Tensor,
+        context: Tensor,
+        envelope: Envelope,
+        smooth: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and log variance of the texture, given its disk."""
+        with torch.no_grad():
+            observed = invert_transform(smooth[0] + smooth[1], compute_transform(psf))
+            residual = self._deproject(image, observed, noise, envelope)
+        mean, log_variance = self.texture_encoder(
+            residual, torch.cat([context, torch.log10(noise)[:, None] + 3], dim=1)
+        )
+        return mean, log_variance
+
     def _deproject(self, image: Tensor, smooth: Tensor, noise: Tensor, envelope: Envelope) -> Tensor:
         """Return what is left of images in the plane of the disk.
 
@@ -527,6 +568,11 @@ class Cvae(nn.Module):
         """Interpolate in images, ``(N, C, S, S)``, by pixels from centre."""
         where = torch.stack([x, y], dim=-1) + self.size // 2
         return functional.grid_sample(planes, 2 * where / (self.size - 1) - 1, align_corners=True)
+
+
+def _compute_log_posterior(noise: Tensor, log_variance: Tensor) -> Tensor:
+    """Return log q of what is drawn with normal deviates, shape ``(N,)``."""
+    return -0.5 * (noise**2 + log_variance + math.log(2 * math.pi)).sum(dim=1)
 
 
 class _ShapeEncoder(nn.Module):
@@ -571,7 +617,7 @@ class _TextureEncoder(nn.Module):
         maps = residual
         for convolution in self.down:
             maps = functional.silu(convolution(maps))
-        maps = self.convolutions[0](_add_radius(maps)) + self.context(context)[:, :, None, None]
+        maps = self.convolutions[0](append_radius(maps)) + self.context(context)[:, :, None, None]
         maps = functional.silu(self.convolutions[1](functional.silu(maps)))
         mean, log_variance = self.head(maps).float().chunk(2, dim=1)
         return mean, log_variance.clamp(-8, 4)
@@ -591,20 +637,13 @@ class _TextureDecoder(nn.Module):
         self.last = nn.Conv2d(width, 1, 3, padding=1)
 
     def forward(self, latents: Tensor, context: Tensor) -> Tensor:
-        maps = functional.silu(self.first(_add_radius(latents)) + self.context(context)[:, :, None, None])
+        maps = functional.silu(self.first(append_radius(latents)) + self.context(context)[:, :, None, None])
         maps = functional.silu(self.second(maps))
         maps = functional.silu(self.up(maps))
         maps = functional.silu(self.third(maps))
         maps = functional.silu(self.up_again(maps))
         result: Tensor = self.last(maps)
         return result  # (N, 1, texture_size, texture_size)
-
-
-def _add_radius(maps: Tensor) -> Tensor:
-    """Append the distance from the centre as a channel."""
-    steps = torch.linspace(-1, 1, maps.shape[-1], device=maps.device, dtype=maps.dtype)
-    radius = torch.sqrt(steps**2 + steps[:, None] ** 2)
-    return torch.cat([maps, radius.expand(len(maps), 1, -1, -1)], dim=1)
 
 
 @functools.cache
@@ -708,23 +747,6 @@ def compute_log_likelihood(
         chi2 = chi2 - flux_scatter**2 * along**2 / square
         log_norm = log_norm + torch.log(square)
     return -0.5 * (chi2 + log_norm)
-
-
-def compute_kl_divergence(
-    mean: Tensor, log_variance: Tensor, prior_mean: Tensor, prior_log_variance: Tensor
-) -> Tensor:
-    """Return the KL divergence of diagonal Gaussians, shape ``(N,)``.
-
-    Parameters
-    ----------
-    mean, log_variance
-        Of the distribution, shape ``(N, Z)``.
-    prior_mean, prior_log_variance
-        Of the one that it diverges from, shape ``(N, Z)``.
-    """
-    difference = log_variance - prior_log_variance
-    distance = (mean - prior_mean) ** 2 * torch.exp(-prior_log_variance)
-    return 0.5 * (torch.exp(difference) + distance - 1 - difference).sum(dim=1)
 
 
 def compute_transform(image: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ __all__ = (
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import astropy.units as u
@@ -81,6 +82,13 @@ GALAXY_COLUMNS: Mapping[str, tuple[str, str]] = {
 
 CHUNK_SIZE = 256
 """Number of galaxies that are kept on the grid of the model at once."""
+
+EDGE_LEVEL = 0.02
+"""Mean brightness on the border of its grid, in units of the noise of a pixel
+of the coadd, above which a galaxy is drawn on a grid of twice the side."""
+
+MAX_DOUBLINGS = 2
+"""How often the side of the grid may be doubled."""
 
 SCORE_COLUMNS: Mapping[str, str] = {
     "elbo": "Evidence lower bound of the real stamp, in nats",
@@ -207,7 +215,7 @@ class CvaeGalaxyTask(PipelineTask):
             (ref,) = [ref for ref in outputRefs.coadd if ref.dataId["band"] == self.config.band]
             (handle,) = [h for h in inputs["coadds"] if h.dataId["band"] == self.config.band]
             seed = compute_seed(self.config.seed, data_id["tract"], data_id["patch"], "noise")
-            butlerQC.put(self.make_coadd(handle.get(), outputs.cutouts, seed=seed), ref)
+            butlerQC.put(self.make_coadd(handle.get(), outputs.light, seed=seed), ref)
         butlerQC.put(outputs.cutouts, outputRefs.cutouts)
         if self.config.nShown:
             butlerQC.put(outputs.gallery, outputRefs.gallery)
@@ -234,6 +242,9 @@ class CvaeGalaxyTask(PipelineTask):
                 of `CONDITION_COLUMNS` and `GALAXY_COLUMNS`, a row for each
                 selected object in the order of ``objects``
                 (`astropy.table.Table`).
+            ``light``
+                The galaxies without noise in nJy, as far as they reach, on
+                the pixels of the coadd (`numpy.ndarray`, shape ``(y, x)``).
             ``gallery``
                 Some of them below their objects
                 (`matplotlib.figure.Figure`), or `None` for ``nShown=0``.
@@ -247,7 +258,6 @@ class CvaeGalaxyTask(PipelineTask):
             Raised if the selection does not fit the table.
         """
         from .cvae_sampling import CvaeSampler
-        from .render import FineImages, draw_with_kernels
 
         sampler = CvaeSampler(model, outside="clip")
         selected, cutouts = extract_galaxies(coadd, objects, self.config)
@@ -256,19 +266,19 @@ class CvaeGalaxyTask(PipelineTask):
         conditions = np.column_stack([np.asarray(table[name], dtype=np.float64) for name in CONDITION_NAMES])
         _, table["flag_outside"][known] = sampler.check(conditions[known])
         images = np.full_like(cutouts.image, np.nan)
+        light = np.zeros(coadd.bbox.shape, dtype=np.float32)
         progress = PeriodicLogger(self.log)
         for start in range(0, len(known), CHUNK_SIZE):
             rows = known[start : start + CHUNK_SIZE]
-            drawn = sampler.draw(conditions[rows], table["galaxy_seed"][rows])
-            clean = draw_with_kernels(
-                FineImages(drawn, sampler.pixel_scale),
-                cutouts.psf[rows, 0],
-                size=cutouts.size,
-                pixel_scale=cutouts.pixel_scale,
-            )
-            images[rows, 0] = np.asarray(table["flux"][rows])[:, None, None] * clean
-            for row in rows:
-                images[row, 0] += self._draw_noise(cutouts[row : row + 1])
+            for row, stamp in self._draw(model, rows, conditions, table, cutouts):
+                edge = (len(stamp) - cutouts.size) // 2
+                middle = slice(edge, edge + cutouts.size)
+                images[row, 0] = stamp[middle, middle] + self._draw_noise(cutouts[row : row + 1])
+                y, x = (
+                    int(np.floor(center + 0.5)) - side.start - len(stamp) // 2
+                    for center, side in ((cutouts.y[row], coadd.bbox.y), (cutouts.x[row], coadd.bbox.x))
+                )
+                _add_stamp(light, stamp, y, x)
             progress.log("Drew %d of %d galaxies.", start + len(rows), len(known))
         for name, column in dataclasses.replace(cutouts, image=images).to_table().columns.items():
             table[name] = column
@@ -284,10 +294,12 @@ class CvaeGalaxyTask(PipelineTask):
             self.metadata["n_not_drawn"],
         )
         return Struct(
-            cutouts=table, gallery=self._plot_gallery(table, cutouts) if self.config.nShown else None
+            cutouts=table,
+            light=light,
+            gallery=self._plot_gallery(table, cutouts) if self.config.nShown else None,
         )
 
-    def make_coadd(self, coadd: CellCoadd, table: Table, *, seed: int) -> CellCoadd:
+    def make_coadd(self, coadd: CellCoadd, light: np.ndarray, *, seed: int) -> CellCoadd:
         """Put the galaxies of a patch into a coadd.
 
         Parameters
@@ -295,7 +307,7 @@ class CvaeGalaxyTask(PipelineTask):
         coadd
             Coadd of the patch, whose variance, mask, PSF and geometry the
             new one has.
-        table
+        light
             What `run` returns.
         seed
             Seed of the noise.
@@ -307,32 +319,49 @@ class CvaeGalaxyTask(PipelineTask):
 
         Notes
         -----
-        The noise of the stamps is not used, and the noise has the variance
-        of the coadd pixel by pixel, in which the light of real objects has
-        its share.
+        The noise is not that of the stamps; it has the variance of the coadd
+        pixel by pixel, in which the light of real objects has its share.
         """
         synthetic = coadd.copy()
-        cutouts = Cutouts.from_table(table)
         bad = ~np.isfinite(coadd.image.array)
-        total = np.zeros(coadd.image.array.shape)
-        for row in np.flatnonzero(~np.asarray(table["flag_not_drawn"])):
-            clean = cutouts.image[row, 0].astype(np.float64)
-            clean = clean - self._draw_noise(cutouts[row : row + 1])
-            half = cutouts.size // 2
-            y = round(float(np.floor(cutouts.y[row] + 0.5))) - coadd.bbox.y.start - half
-            x = round(float(np.floor(cutouts.x[row] + 0.5))) - coadd.bbox.x.start - half
-            rows = slice(max(y, 0), min(y + cutouts.size, total.shape[0]))
-            columns = slice(max(x, 0), min(x + cutouts.size, total.shape[1]))
-            part = clean[rows.start - y : rows.stop - y, columns.start - x : columns.stop - x]
-            total[rows, columns] += np.nan_to_num(part)
         unit = coadd.unit
-        factor = 1.0 if unit is None else u.nJy.to(unit)
-        total *= factor
+        total = light * (1.0 if unit is None else u.nJy.to(unit))
         if self.config.doNoise:
             noise = np.random.default_rng(seed).standard_normal(total.shape)
-            total += np.sqrt(np.maximum(np.nan_to_num(coadd.variance.array), 0)) * noise
+            total = total + np.sqrt(np.maximum(np.nan_to_num(coadd.variance.array), 0)) * noise
         synthetic.image.array[...] = np.where(bad, np.nan, total)
         return synthetic
+
+    def _draw(
+        self, model: ModelPackage, rows: np.ndarray, conditions: np.ndarray, table: Table, cutouts: Cutouts
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield rows of galaxies and all of their light in nJy."""
+        from .cvae_sampling import CvaeSampler
+        from .render import FineImages, draw_with_kernels
+
+        size = None
+        for doublings in range(MAX_DOUBLINGS + 1):
+            sampler = CvaeSampler(model, outside="clip", size=size)
+            drawn = sampler.draw(conditions[rows], table["galaxy_seed"][rows])
+            flux = np.asarray(table["flux"], dtype=np.float64)[rows]
+            border = (drawn[:, 0].mean(axis=1) + drawn[:, :, 0].mean(axis=1)) / 2
+            brightness = flux * border * (cutouts.pixel_scale / sampler.pixel_scale) ** 2
+            variance = cutouts.variance[rows, 0]
+            noise = np.sqrt(np.where(variance > 0, variance, np.inf).min(axis=(1, 2)))
+            cut = (brightness > EDGE_LEVEL * noise) & (doublings < MAX_DOUBLINGS)
+            reach = cutouts.psf.shape[-1] + math.ceil(
+                sampler.size * sampler.pixel_scale / cutouts.pixel_scale
+            )
+            stamps = draw_with_kernels(
+                FineImages(drawn[~cut], sampler.pixel_scale),
+                cutouts.psf[rows[~cut], 0],
+                size=max(cutouts.size, reach // 2 * 2 + 1),
+                pixel_scale=cutouts.pixel_scale,
+            )
+            yield from zip(rows[~cut], flux[~cut, None, None] * stamps, strict=True)
+            rows, size = rows[cut], 2 * sampler.size
+            if len(rows) == 0:
+                break
 
     def _make_table(self, selected: Table, cutouts: Cutouts, model: ModelPackage) -> Table:
         """Return all columns, but for what is drawn."""
@@ -405,6 +434,13 @@ class CvaeGalaxyTask(PipelineTask):
         }
         for name, value in values.items():
             table[name][rows] = value
+
+
+def _add_stamp(image: np.ndarray, stamp: np.ndarray, y: int, x: int) -> None:
+    """Add a stamp whose first pixel is at (y, x), as far as it is inside."""
+    rows = slice(max(y, 0), max(min(y + len(stamp), image.shape[0]), 0))
+    columns = slice(max(x, 0), max(min(x + len(stamp), image.shape[1]), 0))
+    image[rows, columns] += stamp[rows.start - y : rows.stop - y, columns.start - x : columns.stop - x]
 
 
 def describe_galaxies(table: Table) -> str:

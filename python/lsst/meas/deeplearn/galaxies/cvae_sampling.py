@@ -27,6 +27,7 @@ from __future__ import annotations
 __all__ = ("CvaeSampler", "augment", "fit_prior", "make_batch", "train_cvae")
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,13 @@ from ..training import Batch, TrainingSettings, train
 from .conditions import ARCHITECTURE, ConditionError, ConditionSpace, check_galaxy_model
 from .cosmos import GalaxySet
 from .cvae import Cvae, CvaeOutput, Elbo, compute_elbo, compute_transform, invert_transform
+from .flow import ConditionalFlow, MapFlow
 
 FIRST_TEXTURE_WEIGHT = 0.1
 """First weight of the KL divergence of the texture, as a fraction."""
+
+MAX_GRADIENT = 50.0
+"""Largest norm of a gradient while priors are fitted."""
 
 
 def make_batch(galaxies: GalaxySet, space: ConditionSpace, *, min_noise: float) -> Batch:
@@ -205,6 +210,7 @@ def train_cvae(
     network: Mapping[str, Any] | None = None,
     start: ModelPackage | None = None,
     prior_steps: int = 0,
+    texture_prior_steps: int = 0,
     kl_weight: float = 1.0,
     warm_up: int = 4000,
     flux_scatter: float = 0.1,
@@ -230,8 +236,8 @@ def train_cvae(
         Model to go on from, whose settings are kept: conditions are scaled as
         by it, and its hull is that of the galaxies it has been trained on
         first.
-    prior_steps
-        Number of steps of `fit_prior` in the end.
+    prior_steps, texture_prior_steps
+        Number of steps of `fit_prior` in the end, for shape and texture.
     kl_weight
         Factor on the KL divergence in the loss; 1 is the evidence lower
         bound.
@@ -291,11 +297,18 @@ def train_cvae(
     )
     best = result.history[result.best_epoch - 1]
     weights = result.weights
-    if prior_steps:
+    if prior_steps or texture_prior_steps:
         trained = make_network()
         trained.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
         batch = make_batch(galaxies, space, min_noise=min_noise)
-        fit_prior(trained.eval(), batch, psf=banks[0], steps=prior_steps, seed=settings.seed)
+        fit_prior(
+            trained.eval(),
+            batch,
+            psf=banks[0],
+            steps=prior_steps,
+            texture_steps=texture_prior_steps,
+            seed=settings.seed,
+        )
         weights = {key: value.numpy() for key, value in trained.state_dict().items()}
     return ModelPackage(
         name=name,
@@ -312,7 +325,7 @@ def train_cvae(
         record={
             "recipe": dataclasses.asdict(settings)
             | {"kl_weight": kl_weight, "flux_scatter": flux_scatter, "min_noise": min_noise}
-            | {"warm_up": warm_up, "prior_steps": prior_steps},
+            | {"warm_up": warm_up, "prior_steps": prior_steps, "texture_prior_steps": texture_prior_steps},
             "training_set": {"n_train": len(galaxies), "n_validation": len(validation), **(record or {})},
             "history": result.history,
             "best_epoch": result.best_epoch,
@@ -327,28 +340,31 @@ def fit_prior(
     *,
     psf: Tensor,
     steps: int,
+    texture_steps: int = 0,
     batch_size: int = 512,
+    texture_batch_size: int = 64,
     learning_rate: float = 1e-3,
     seed: int = 0,
-) -> float:
-    """Fit the prior of the shape to what the encoder makes of galaxies.
+) -> tuple[float, float]:
+    """Fit the priors of shape and texture to what the encoder makes of
+    galaxies.
 
     The rest of the network stays as it is.  In the bound that is trained on,
-    the prior is pulled along by encoder and decoder; new galaxies are as
-    good as it fits the aggregate posterior in the end, which a few more
-    steps with it alone improve (Lanusse et al. 2021 fit it only so).
+    the priors are pulled along by encoder and decoder; new galaxies are as
+    good as they fit the aggregate posterior in the end, which a few more
+    steps with them alone improve (Lanusse et al. 2021 fit theirs only so).
 
     Parameters
     ----------
     network
-        The network, whose prior is changed.
+        The network, whose priors are changed.
     data
         What `make_batch` returns for the training set.
     psf
         All PSFs, shape ``(P, S, S)``.
-    steps
-        Number of steps.
-    batch_size
+    steps, texture_steps
+        Number of steps for shape and texture.
+    batch_size, texture_batch_size
         Number of galaxies in a step.
     learning_rate
         First learning rate, lowered to 0 along a cosine.
@@ -357,38 +373,65 @@ def fit_prior(
 
     Returns
     -------
-    log_density
-        Mean of log p(z|y) over the last tenth of the steps, in nats.
+    log_density, texture_log_density
+        Means of log p(z|y) over the last tenth of the steps, in nats; NaN
+        without steps.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(network.parameters()).device
-    n = len(data["image"])
-    means, log_variances = [], []
+    if not network.texture_prior.layers:
+        texture_steps = 0
+    parts = []
     with torch.no_grad():
-        for start in range(0, n, 64):
+        for start in range(0, len(data["image"]), 64):
             batch = {key: value[start : start + 64] for key, value in data.items()}
             batch = {key: value.to(device) for key, value in augment(batch, generator, psf=psf).items()}
-            mean, log_variance = network.encode(
-                batch["image"], batch["psf"], batch["noise"], batch["conditions"]
-            )
-            means.append(mean)
-            log_variances.append(log_variance)
-    mean, deviation = torch.cat(means), torch.exp(0.5 * torch.cat(log_variances))
-    conditions = data["conditions"].to(device)
-    optimizer = torch.optim.Adam(network.prior.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+            x, kernel, sigma, y = (batch[key] for key in ("image", "psf", "noise", "conditions"))
+            mean, log_variance = network.encode(x, kernel, sigma, y)
+            shape = mean + torch.exp(0.5 * log_variance) * _draw_normal(mean, generator)
+            texture = network.encode_texture(x, kernel, sigma, y, shape) if texture_steps else ()
+            parts.append((mean, log_variance, torch.cat([shape, y], dim=1), *texture))
+    mean, log_variance, context, *of_texture = (torch.cat(part) for part in zip(*parts, strict=True))
+    shape_posterior = mean, log_variance, context[:, network.latents :]
+    density = _fit_flow(network.prior, shape_posterior, steps, batch_size, learning_rate, generator)
+    if not texture_steps:
+        return density, math.nan
+    texture_posterior = of_texture[0], of_texture[1], context
+    return density, _fit_flow(
+        network.texture_prior, texture_posterior, texture_steps, texture_batch_size, learning_rate, generator
+    )
+
+
+def _draw_normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return normal deviates from a generator of the CPU."""
+    return torch.randn(like.shape, generator=generator).to(like.device)
+
+
+def _fit_flow(
+    flow: ConditionalFlow | MapFlow,
+    posterior: tuple[Tensor, Tensor, Tensor],
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    generator: torch.Generator,
+) -> float:
+    """Fit to draws of Gaussians (mean, log variance, what they depend on)."""
+    mean, log_variance, context = posterior
+    optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     densities = []
     for _ in range(steps):
-        rows = torch.randint(n, (min(batch_size, n),), generator=generator)
-        noise = torch.randn(len(rows), mean.shape[1], generator=generator).to(device)
-        z = mean[rows] + deviation[rows] * noise
-        log_density = network.prior.compute_log_density(z, conditions[rows]).mean()
+        rows = torch.randint(len(mean), (min(batch_size, len(mean)),), generator=generator)
+        z = mean[rows]
+        z = z + torch.exp(0.5 * log_variance[rows]) * _draw_normal(z, generator)
+        log_density = flow.compute_log_density(z, context[rows]).mean()
         optimizer.zero_grad()
         (-log_density).backward()
+        nn.utils.clip_grad_norm_(flow.parameters(), MAX_GRADIENT)
         optimizer.step()
         schedule.step()
         densities.append(float(log_density.detach()))
-    return float(np.mean(densities[-max(steps // 10, 1) :]))
+    return float(np.mean(densities[-max(steps // 10, 1) :])) if densities else math.nan
 
 
 class CvaeSampler:
@@ -411,6 +454,9 @@ class CvaeSampler:
         Number of galaxies to decode at once; more than 1 is for GPUs.
     device
         Where to, as torch names it.
+    size
+        Even number of pixels on a side of the grid, if not that of the model.
+        Galaxies are the same, but more of their wings is on a larger grid.
 
     Raises
     ------
@@ -421,13 +467,20 @@ class CvaeSampler:
     """
 
     def __init__(
-        self, package: ModelPackage, *, outside: str = "raise", batch_size: int = 1, device: str = "cpu"
+        self,
+        package: ModelPackage,
+        *,
+        outside: str = "raise",
+        batch_size: int = 1,
+        device: str = "cpu",
+        size: int | None = None,
     ) -> None:
         check_galaxy_model(package)
         if outside not in ("raise", "clip", "flag"):
             raise ValueError(f"Conditions outside the training set can raise, clip or flag, not {outside!r}.")
         network = package.make_network()
         assert isinstance(network, Cvae)
+        network.size = size or network.size
         self.package = package
         self.outside = outside
         self._network = network.to(device)
@@ -441,7 +494,7 @@ class CvaeSampler:
 
     @property
     def size(self) -> int:
-        """Side of the grid of the model in pixels."""
+        """Side of the grid in pixels."""
         return self._network.size
 
     @property

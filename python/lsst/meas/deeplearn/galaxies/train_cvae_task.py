@@ -177,6 +177,12 @@ class TrainCvaeConfig(PipelineTaskConfig, pipelineConnections=TrainCvaeConnectio
         default=8,
         min=0,
     )
+    textureLayers = RangeField(
+        dtype=int,
+        doc="Layers of the normalizing flow that is the prior of the texture; 0 is a Gaussian.",
+        default=6,
+        min=0,
+    )
     outputFwhm = RangeField(
         dtype=float,
         doc="Width in arcsec of the Gaussian that smooths generated galaxies, more than 1.5 pixels.",
@@ -190,9 +196,9 @@ class TrainCvaeConfig(PipelineTaskConfig, pipelineConnections=TrainCvaeConnectio
     )
     textureScale = RangeField(
         dtype=float,
-        doc="Standard deviation with which the latent variables of the texture are drawn for new galaxies; 1 "
-        "is the prior, and more makes up for what the encoder does not see.",
-        default=1.2,
+        doc="Standard deviation of the normal deviates from which the texture of new galaxies is drawn; 1 is "
+        "the prior, and more makes up for what the encoder does not see.",
+        default=1.15,
         min=0.0,
     )
     textureStart = RangeField(
@@ -212,6 +218,12 @@ class TrainCvaeConfig(PipelineTaskConfig, pipelineConnections=TrainCvaeConnectio
         dtype=int,
         doc="Number of steps in the end in which only the prior of the shape is fitted.",
         default=5000,
+        min=0,
+    )
+    texturePriorSteps = RangeField(
+        dtype=int,
+        doc="Number of steps in the end in which only the prior of the texture is fitted.",
+        default=1000,
         min=0,
     )
     fluxScatter = RangeField(
@@ -349,12 +361,14 @@ class TrainCvaeTask(PipelineTask):
                     "texture_start": config.textureStart,
                     "texture_scale": config.textureScale,
                     "flow_layers": config.flowLayers,
+                    "texture_layers": config.textureLayers,
                     "output_fwhm": config.outputFwhm,
                 },
                 start=start,
                 kl_weight=config.klWeight,
                 warm_up=config.warmUp,
                 prior_steps=config.priorSteps,
+                texture_prior_steps=config.texturePriorSteps,
                 flux_scatter=config.fluxScatter,
                 min_noise=config.minNoise,
                 checkpoint=Path(config.checkpoint) if config.checkpoint else None,
