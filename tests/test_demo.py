@@ -185,6 +185,8 @@ def test_skies_share_a_repository(tmp_path: Path) -> None:
         butler.get("deep_coadd", skymap=name, tract=1, patch=0, band="i") for name in ("first", "second")
     ]
     assert np.nanmax(np.abs(coadds[0].image.array - coadds[1].image.array)) > 1
+    with pytest.raises(ValueError, match="another name"):
+        make_demo(tmp_path / "repo", name="first")
 
 
 def test_another_sky() -> None:

@@ -238,8 +238,19 @@ def make_demo(
     report
         Called with a line of text whenever a step is done; by default the
         lines are logged.
+
+    Raises
+    ------
+    ValueError
+        Raised if the repository has a sky map of this name already.
     """
     report = report or _LOG.info
+    is_new = not (Path(root) / "butler.yaml").exists()
+    if not is_new:
+        with Butler.from_config(str(root)) as butler:
+            known = butler.query_dimension_records("skymap", explain=False)
+        if name in {record.name for record in known}:
+            raise ValueError(f"{root} has a sky map {name} already; give another name or another folder.")
     sky_map = CellSkyMap.from_center(
         name,
         ra=150.1,
@@ -256,7 +267,7 @@ def make_demo(
         f"A sky of {height} x {width} pixels: {len(scene.galaxies)} galaxies, {len(scene.stars)} stars, "
         f"{len(scene.lenses)} lenses."
     )
-    if is_new := not (Path(root) / "butler.yaml").exists():
+    if is_new:
         Butler.makeRepo(str(root))
     with Butler.from_config(str(root), run=run, writeable=True) as butler, _open_pool(processes) as pool:
         register_sky_map(butler, sky_map, instrument=INSTRUMENT, bands=bands)
@@ -589,7 +600,9 @@ def _add_lenses(scene: Scene, rng: np.random.Generator, n_lenses: int) -> None:
             *(
                 (
                     f"lens_mag_{band}",
-                    AB_ZERO_POINT - 2.5 * np.log10(hosts.compute_fluxes(band).sum(axis=1)),
+                    AB_ZERO_POINT
+                    + scene.sky.survey[band].galaxy_offset
+                    - 2.5 * np.log10(hosts.compute_fluxes(band).sum(axis=1)),
                     u.ABmag,
                     f"Total {band} magnitude of the lens galaxy",
                 )
