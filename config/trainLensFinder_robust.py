@@ -1,7 +1,7 @@
 # A recipe for coadds that are not all alike: centres that are off by up to 3
 # pixels, seeing up to a quarter wider than 0.7 arcsec, depths from 10 years to
 # a sixtieth of that, errors of zero points and sky, and now and then a band
-# without data.
+# without data or an area that is masked.
 # Where one band of three is missing its pixels are 0; stamps of two bands are
 # not imitated.
 config.softening = 4.0
@@ -21,3 +21,4 @@ config.augmentation.minArcSnr = 14.0
 config.augmentation.fluxScatter = 0.1
 config.augmentation.offsetScatter = 0.1
 config.augmentation.missingBandFraction = 0.05
+config.augmentation.maskedFraction = 0.15

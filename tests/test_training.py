@@ -329,6 +329,23 @@ class TestImageAugmentation:
         assert missing.sum(dim=1).max() == 1
         torch.testing.assert_close(missing.float().mean(dim=0), torch.full((3,), 0.1), rtol=0, atol=0.02)
 
+    def test_areas_are_masked(self) -> None:
+        """Strips and discs are set to 0, the same in the bands that have them,
+        and discs leave the centre.
+        """
+        change = ImageAugmentation(size=45, masked_fraction=0.4)
+        out, _ = change(torch.ones(3000, 3, 45, 45), torch.Generator().manual_seed(3))
+        masked = out == 0
+        assert masked.any(dim=(2, 3)).float().mean().item() == pytest.approx(0.4 * 0.75, abs=0.02)
+        assert masked.float().mean(dim=(2, 3)).max() <= 7 / 45
+        area = masked.any(dim=1)
+        assert ((masked == area[:, None]) | ~masked.any(dim=(2, 3), keepdim=True)).all()
+        is_strip = area.all(dim=1).any(dim=1) | area.all(dim=2).any(dim=1)
+        is_disc = area.any(dim=(1, 2)) & ~is_strip
+        assert is_strip.float().mean().item() == pytest.approx(0.2, abs=0.03)
+        assert is_disc.float().mean().item() > 0.1
+        assert not area[is_disc, 22, 22].any()
+
     def test_blur_keeps_the_flux(self) -> None:
         """Half of the stamps are blurred, all keep their flux."""
         images = torch.zeros(200, 2, 21, 21)

@@ -568,6 +568,13 @@ class ImageAugmentation:
     """Fraction of the stamps of which one band, any with equal chance, is
     set to 0, as a missing band is."""
 
+    masked_fraction: float = 0.0
+    """Fraction of the stamps of which an area is set to 0, as masked pixels
+    are: in half of them a strip of rows or columns up to a seventh of the side
+    wide, as bleeding and gaps leave them, in the others a disc of up to a
+    quarter of the side across beside the centre, as bright stars do; in each
+    band with a chance of three quarters."""
+
     def __call__(self, images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Return changed stamps, and how much noisier each has become.
 
@@ -611,6 +618,8 @@ class ImageAugmentation:
             images = images / noise[:, None, None, None]
         if self.missing_fraction > 0:
             images = self._drop_band(images, generator)
+        if self.masked_fraction > 0:
+            images = images * ~self._draw_masks(images, generator)
         return images, noise
 
     def _crop(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -649,6 +658,25 @@ class ImageAugmentation:
         band = torch.randint(bands, (n, 1), generator=generator)
         keep = ~(dropped & (torch.arange(bands) == band))
         return images * keep[..., None, None]
+
+    def _draw_masks(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return masked pixels, of the shape of the stamps."""
+        n, bands, size = images.shape[:3]
+        masked = torch.rand(n, generator=generator) < self.masked_fraction
+        strip = torch.rand(n, generator=generator) < 0.5
+        where, extent, angle, turn = torch.rand(4, n, 1, 1, generator=generator)
+        in_band = torch.rand(n, bands, generator=generator) < 0.75
+        half = (size - 1) / 2
+        pixels = torch.arange(size) - half
+        y, x = pixels[:, None], pixels
+        across = torch.where(turn < 0.5, x, y)  # (N, size, size)
+        rows = (across - size * (where - 0.5)).abs() < extent * size / 14
+        radius = 1 + extent * (size / 8 - 1)
+        distance = radius + 3 + where * half
+        angle = 2 * math.pi * angle
+        disc = torch.hypot(x - distance * angle.cos(), y - distance * angle.sin()) < radius
+        area = torch.where(strip[:, None, None], rows, disc)
+        return (masked[:, None] & in_band)[..., None, None] & area[:, None]
 
     def _blur(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return blurred stamps, and the variance that is left of their

@@ -191,6 +191,14 @@ class AugmentationConfig(Config):
         max=1.0,
         inclusiveMax=True,
     )
+    maskedFraction = RangeField(
+        dtype=float,
+        doc="Fraction of the stamps of which a strip or a disc is set to 0, as masked pixels are.",
+        default=0.0,
+        min=0.0,
+        max=1.0,
+        inclusiveMax=True,
+    )
 
 
 class TrainLensFinderConfig(PipelineTaskConfig, pipelineConnections=TrainLensFinderConnections):
@@ -464,6 +472,7 @@ class TrainLensFinderTask(PipelineTask):
             flux_scatter=config.fluxScatter,
             offset_scatter=config.offsetScatter,
             missing_fraction=config.missingBandFraction,
+            masked_fraction=config.maskedFraction,
         )
 
         def augment(batch: Batch, generator: torch.Generator | None) -> Batch:
