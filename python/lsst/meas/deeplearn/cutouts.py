@@ -39,6 +39,9 @@ from .coadds import MultibandCoadd
 DEFAULT_BAD_PLANES = ("NO_DATA", "SATURATED", "BAD")
 """Mask planes whose pixels carry no usable measurement."""
 
+BLOCK = 128
+"""Number of stamps that are moved at once, so that they stay in the cache."""
+
 
 @dataclasses.dataclass(eq=False)
 class Cutouts:
@@ -461,8 +464,10 @@ def _gather(
     height, width = plane.shape
     if not off_edge.all():
         windows = np.lib.stride_tricks.sliding_window_view(plane, (size, size))
-        whole = slice(None) if not off_edge.any() else np.flatnonzero(~off_edge)
-        stamps[whole] = windows[bottom[whole], left[whole]]
+        whole = np.flatnonzero(~off_edge)
+        for start in range(0, len(whole), BLOCK):
+            block = whole[start : start + BLOCK]
+            stamps[block] = windows[bottom[block], left[block]]
     for k in np.flatnonzero(inside & off_edge):
         i, j = bottom[k], left[k]
         rows = slice(max(i, 0), min(i + size, height))
