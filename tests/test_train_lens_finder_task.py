@@ -387,6 +387,16 @@ def test_examples_without_calibration_split(examples: Table) -> None:
     assert not hosts["validation"] & hosts["calibration"]
 
 
+def test_galaxies_of_two_skies_are_two(examples: Table) -> None:
+    """Object IDs that repeat on another sky are of other galaxies."""
+    settings = TrainLensFinderTask(config=make_training_config())._make_model_settings()
+    other = examples.copy()
+    other["ra"] += 1.0
+    alone = TrainingSet.from_tables([examples], settings, 2).describe()["distinct_galaxies"]
+    both = TrainingSet.from_tables([examples, examples, other], settings, 2).describe()["distinct_galaxies"]
+    assert both == {split: 2 * number for split, number in alone.items()}
+
+
 def test_faint_arcs_do_not_count(examples: Table) -> None:
     """Without lenses that count, all that is learnt is to say no."""
     values = {"epochs": 4, "learningRate": 0.02}

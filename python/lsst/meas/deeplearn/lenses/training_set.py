@@ -64,6 +64,10 @@ class TrainingSet:
     host_id: np.ndarray
     """Object ID of the galaxy, shape ``(N,)``."""
 
+    ra: np.ndarray
+    """ICRS right ascension of the galaxy in degrees, shape ``(N,)``; IDs may
+    repeat from one sky map to another."""
+
     einstein_radius: np.ndarray
     """In arcsec; NaN without lens, shape ``(N,)``."""
 
@@ -179,6 +183,7 @@ class TrainingSet:
             kind=np.asarray(table["kind"], dtype=str),
             split=np.asarray(table["split"], dtype=str),
             host_id=np.asarray(table["host_id"]),
+            ra=cutouts.ra,
             einstein_radius=np.asarray(table["einstein_radius"]),
             arc_snr=np.asarray(table["arc_snr"]),
             seed=np.asarray(table["seed"]),
@@ -193,7 +198,10 @@ class TrainingSet:
             }
             for split in SPLITS
         }
-        hosts = {split: len(np.unique(self.host_id[self.split == split])) for split in SPLITS}
+        galaxies: dict[str, set[tuple[int, float]]] = {split: set() for split in SPLITS}
+        for split, host, ra in zip(self.split.tolist(), self.host_id.tolist(), self.ra.tolist(), strict=True):
+            galaxies[split].add((host, ra))
+        hosts = {split: len(galaxies[split]) for split in SPLITS}
         return {"counts": counts, "distinct_galaxies": hosts, "seeds": [int(s) for s in np.unique(self.seed)]}
 
 
