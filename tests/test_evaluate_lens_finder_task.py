@@ -337,12 +337,38 @@ def test_model_without_scores() -> None:
 
 def test_missing_splits() -> None:
     """Without train and calibration examples the rest is still measured."""
-    table = make_examples()
+    table = make_examples(240)
     config = make_config(maxRobustness=0, doProbe=False)
     result = EvaluateLensFinderTask(config=config).run([table[table["split"] == "test"]], [make_test_model()])
     assert set(result.metrics["classifier"]) == {"", "test 1", "RingFinder", RING_FINDER}
-    assert result.calibrations == {}
-    assert "ece_raw" in result.metrics["metric"]
+    assert {"ece_raw", "ece"} <= set(result.metrics["metric"])
+
+
+def test_halves_calibrate_each_other() -> None:
+    """Without calibration examples no galaxy is calibrated by itself: where
+    one half is the opposite of the other, probabilities are wrong.
+    """
+    table = make_examples(400)
+    table["split"][:] = "test"
+    odd = table["host_id"] % 2 == 1
+    table["label"] ^= odd
+    config = make_config(maxRobustness=0, doProbe=False, doRingFinder=False)
+    opposite = EvaluateLensFinderTask(config=config).run([table], [make_test_model()]).metrics
+    table["label"] ^= odd
+    alike = EvaluateLensFinderTask(config=config).run([table], [make_test_model()]).metrics
+    assert get_value(opposite, "test 1", "ece") > 0.2
+    assert get_value(alike, "test 1", "ece") < 0.1
+    (note,) = alike["note"][(alike["metric"] == "ece") & (alike["classifier"] == "test 1")]
+    assert note.startswith("Perfect probabilities have 0.0")
+
+
+def test_too_few_to_calibrate() -> None:
+    """A handful of examples calibrates nothing."""
+    table = make_examples(24)
+    table["split"][:] = "test"
+    config = make_config(maxRobustness=0, doProbe=False)
+    result = EvaluateLensFinderTask(config=config).run([table], [make_test_model()])
+    assert result.calibrations.keys() <= {"test 1"}
     assert "ece" not in result.metrics["metric"]
 
 

@@ -98,6 +98,15 @@ def test_no_examples() -> None:
     assert math.isnan(calibration.compute_brier_score(scores, labels))
     assert math.isnan(calibration.compute_log_loss(scores, labels))
     assert math.isnan(calibration.compute_calibration_error(scores, labels))
+    assert math.isnan(calibration.compute_calibration_noise(scores))
+
+
+def test_error_of_perfect_probabilities() -> None:
+    """What chance alone makes of the calibration error is foretold."""
+    rng = np.random.default_rng(4)
+    p = rng.beta(0.4, 0.6, 1000)
+    errors = [calibration.compute_calibration_error(p, rng.random(1000) < p) for _ in range(400)]
+    assert calibration.compute_calibration_noise(p) == pytest.approx(np.mean(errors), rel=0.03)
 
 
 def test_nan_scores_are_refused() -> None:

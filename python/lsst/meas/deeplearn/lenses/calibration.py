@@ -31,6 +31,7 @@ __all__ = (
     "Reliability",
     "compute_brier_score",
     "compute_calibration_error",
+    "compute_calibration_noise",
     "compute_log_loss",
     "compute_reliability",
 )
@@ -93,13 +94,12 @@ def compute_reliability(probabilities: np.ndarray, labels: np.ndarray, *, n_bins
 
 
 def compute_calibration_error(probabilities: np.ndarray, labels: np.ndarray, *, n_bins: int = 10) -> float:
-    r"""Return the expected calibration error.
+    """Return the expected calibration error.
 
     The mean distance between prediction and observation over the bins of
     `compute_reliability`, weighted by their sizes (Naeini et al. 2015; Guo
-    et al. 2017, arXiv:1706.04599, equation 3).  Of a perfect classifier it is
-    not 0 but up to :math:`0.4 \sqrt{B / N}` for B bins of N examples, by
-    their noise.
+    et al. 2017, arXiv:1706.04599, equation 3).  Of perfect probabilities it
+    is not 0 but what `compute_calibration_noise` returns.
 
     Parameters
     ----------
@@ -120,6 +120,33 @@ def compute_calibration_error(probabilities: np.ndarray, labels: np.ndarray, *, 
         return math.nan
     distance = np.abs(reliability.observed - reliability.predicted)
     return float(np.nansum(distance * reliability.n) / total)
+
+
+def compute_calibration_noise(probabilities: np.ndarray, *, n_bins: int = 10) -> float:
+    """Return the mean calibration error of perfect probabilities.
+
+    In each bin of `compute_calibration_error` the number of positives then
+    scatters by the square root of the sum of p (1 - p), and its mean distance
+    from what is expected is that times the square root of 2 / pi, if normal.
+
+    Parameters
+    ----------
+    probabilities
+        Predicted probabilities of being positive, shape ``(N,)``.
+    n_bins
+        Number of bins of equal width from 0 to 1.
+
+    Returns
+    -------
+    error
+        NaN without examples.
+    """
+    probabilities, _ = _check_probabilities(probabilities, np.zeros(len(probabilities), dtype=bool))
+    if not len(probabilities):
+        return math.nan
+    bins = np.minimum((probabilities * n_bins).astype(int), n_bins - 1)
+    variance = np.bincount(bins, weights=probabilities * (1 - probabilities))
+    return float(np.sqrt(2 / np.pi * variance).sum() / len(probabilities))
 
 
 def compute_brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:

@@ -68,7 +68,12 @@ from ..model_package import (
     find_models,
     load_model,
 )
-from .calibration import compute_brier_score, compute_calibration_error, compute_log_loss
+from .calibration import (
+    compute_brier_score,
+    compute_calibration_error,
+    compute_calibration_noise,
+    compute_log_loss,
+)
 from .completeness import (
     CANDIDATE_DENSITY,
     LENS_DENSITY,
@@ -332,7 +337,8 @@ class EvaluateLensFinderTask(PipelineTask):
     Networks, their mean, and two baselines are tried on the same stamps:
     RingFinder (Gavazzi et al. 2014), and a logistic regression that knows
     only colours, magnitudes and concentrations, trained on the train examples.
-    What the networks say is calibrated on the calibration examples.  Stamps
+    What the networks say is calibrated on the calibration examples or, without
+    any, each half of the galaxies of the test by the other.  Stamps
     are changed as bad data would change them, and scored again.  Linear probes
     look for what gives simulations away.  Fields without lenses say how many
     false positives a search has.
@@ -665,38 +671,61 @@ class EvaluateLensFinderTask(PipelineTask):
         test = splits == "test"
         # Older tables have no examples for it.
         fit = splits == ("calibration" if (splits == "calibration").any() else "validation")
-        fitted: dict[str, ScoreCalibration] = {}
-        for finder in finders:
-            try:
-                fitted[finder.name] = ScoreCalibration.from_scores(rows[finder.name][fit], labels[fit])
-            except ValueError as err:
-                self.log.warning("%s is not calibrated.  %s", finder.name, err)
+        if fit.any():
+            folds = [(fit, test)]
+        else:
+            # Each half of the galaxies of the test by the other.
+            odd = np.unique(rows["host_id"], return_inverse=True)[1] % 2 == 1
+            folds, fit = [(test & odd, test & ~odd), (test & ~odd, test & odd)], test
+        fitted = {finder.name: self._fit_calibration(rows, finder, fit) for finder in finders}
         groups = {finder.name: [finder] for finder in finders}
         if len(finders) > 1:
             groups[ENSEMBLE] = finders
+        # Splits may differ in their share of lenses.
+        prevalence = labels[test].mean()
         probabilities: dict[str, dict[str, np.ndarray]] = {}
         n1, n0 = int(labels[test].sum()), int((~labels[test]).sum())
         for name, members in groups.items():
-            logits = np.array([rows[finder.name][test] for finder in members])
-            made = {"_raw": expit(logits.mean(axis=0))}
-            for suffix, calibrations in (
-                ("", [fitted.get(finder.name) for finder in members]),
-                ("_of_package", [find_calibration(finder.model) for finder in members]),
-            ):
-                if all(calibrations):
-                    # Splits may differ in their share of lenses.
-                    combined = combine_logits(logits, calibrations, prevalence=labels[test].mean())
-                    made[suffix] = combined.probability
+            logits = np.array([rows[finder.name] for finder in members])
+            made = {"_raw": expit(logits[:, test].mean(axis=0))}
+            if all(fitted[finder.name] for finder in members):
+                p = np.full(len(rows), np.nan)
+                for learn, apply in folds:
+                    own = [self._fit_calibration(rows, finder, learn) for finder in members]
+                    p[apply] = combine_logits(logits[:, apply], own, prevalence=prevalence).probability
+                if np.isfinite(p[test]).all():
+                    made[""] = p[test]
+            carried = [find_calibration(finder.model) for finder in members]
+            if all(carried):
+                combined = combine_logits(logits[:, test], carried, prevalence=prevalence)
+                made["_of_package"] = combined.probability
             for suffix, p in made.items():
                 for metric, compute in (
                     ("ece", compute_calibration_error),
                     ("brier", compute_brier_score),
                     ("log_loss", compute_log_loss),
                 ):
-                    results.add(name, "all", f"{metric}{suffix}", compute(p, labels[test]), n1, n0)
+                    note = ""
+                    if metric == "ece":
+                        noise = compute_calibration_noise(p)
+                        note = f"Perfect probabilities have {noise:.3f} with as many examples."
+                    value = compute(p, labels[test])
+                    results.add(name, "all", f"{metric}{suffix}", value, n1, n0, note=note)
             titles = {"_raw": "score", "": "calibrated", "_of_package": "calibrated by the package"}
             probabilities[name] = {titles[suffix]: p for suffix, p in made.items()}
-        return {name: calibration.to_dict() for name, calibration in fitted.items()}, probabilities
+        return {name: own.to_dict() for name, own in fitted.items() if own is not None}, probabilities
+
+    def _fit_calibration(
+        self, rows: Table, finder: LensNetwork, chosen: np.ndarray
+    ) -> ScoreCalibration | None:
+        """Return the calibration of a network on some of the examples, or
+        `None` if they are too few.
+        """
+        try:
+            return ScoreCalibration.from_scores(rows[finder.name][chosen], np.asarray(rows["label"])[chosen])
+        except ValueError as err:
+            self.log.warning("%s is not calibrated.  %s", finder.name, err)
+            return None
 
     def _describe_robustness(
         self,
