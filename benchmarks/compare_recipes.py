@@ -66,7 +66,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "no scatter": ("robust", {"augmentation.fluxScatter": 0.0, "augmentation.offsetScatter": 0.0}),
     "no missing band": ("robust", {"augmentation.missingBandFraction": 0.0}),
     "no masks": ("robust", {"augmentation.maskedFraction": 0.0}),
-    "lens weight 3": ("robust", {"lensWeight": 3.0}),
+    "hosts as others": ("robust", {"kindWeights": {}}),
     "published": ("published", {}),
 }
 """Configuration file, and what is changed in it."""

@@ -10,6 +10,7 @@ config.batchSize = 64
 config.learningRate = 2e-3
 config.schedule = "cosine"
 config.weightDecay = 0.01
+config.kindWeights = {"host": 4.0}
 config.augmentation.maxShift = 3
 config.augmentation.maxRotation = 180.0
 config.augmentation.minZoom = 0.9

@@ -409,6 +409,16 @@ def test_faint_arcs_do_not_count(examples: Table) -> None:
     assert last["train_loss"] > 0.3
 
 
+def test_kinds_have_weights(examples: Table) -> None:
+    """A kind with next to no weight is not learnt."""
+    values = {"epochs": 4, "learningRate": 0.02, "kindWeights": {"lens": 1e-6}}
+    model = TrainLensFinderTask(config=make_training_config(**values)).run([examples]).model
+    assert model.record["history"][-1]["train_loss"] < 0.1
+    assert model.record["recipe"]["kind_weights"] == {"lens": 1e-6}
+    with pytest.raises(FieldValidationError):
+        make_training_config(kindWeights={"host": 0.0})
+
+
 def test_small_batch_is_refused(examples: Table) -> None:
     """Fewer examples than a batch are refused before the training."""
     with pytest.raises(TrainingSetError, match="do not fill a batch of 5000"):

@@ -266,12 +266,12 @@ class TrainLensFinderConfig(PipelineTaskConfig, pipelineConnections=TrainLensFin
         default=1,
         min=1,
     )
-    lensWeight = RangeField(
-        dtype=float,
-        doc="Weight of a lens in the loss over that of a non-lens.",
-        default=1.0,
-        min=0.0,
-        inclusiveMin=False,
+    kindWeights = DictField[str, float](
+        doc="Weights in the loss by kind of example ('lens', 'host', ...); 1 for those that are not named.  "
+        "Many lenses are painted on each host, which stands but once without arcs: where 'host' has "
+        "no larger weight, a bright galaxy alone looks like a lens.",
+        default={},
+        itemCheck=lambda weight: weight > 0,
     )
     weightDecay = RangeField(dtype=float, doc="Decoupled weight decay.", default=0.0, min=0.0)
     precision = ChoiceField[str](
@@ -478,11 +478,9 @@ class TrainLensFinderTask(PipelineTask):
         def augment(batch: Batch, generator: torch.Generator | None) -> Batch:
             images, noise = change(batch["image"], generator)
             scaled = torch.from_numpy(stretch(images.numpy(), settings.preprocessing))
-            label = batch["label"]
-            weight = 1 + label * (self.config.lensWeight - 1)
             # Unknown signal to noise is NaN, for non-lenses too.
-            weight = weight * ~(batch["arc_snr"] < config.minArcSnr * noise)
-            return {"image": scaled, "label": label, "weight": weight}
+            weight = batch["weight"] * ~(batch["arc_snr"] < config.minArcSnr * noise)
+            return {"image": scaled, "label": batch["label"], "weight": weight}
 
         def compute_loss(network: torch.nn.Module, batch: Batch) -> torch.Tensor:
             loss = binary_cross_entropy_with_logits(
@@ -495,9 +493,13 @@ class TrainLensFinderTask(PipelineTask):
             loss = binary_cross_entropy_with_logits(logits, labels)
             return {"loss": float(loss), "auroc": compute_auroc(logits.numpy(), labels.numpy())[0]}
 
+        weight = np.ones(len(data), dtype=np.float32)
+        for kind, value in self.config.kindWeights.items():
+            weight[data.kind == kind] = value
         batches = {
             split: {
                 "image": torch.from_numpy(data.image[data.split == split]),
+                "weight": torch.from_numpy(weight[data.split == split]),
                 "label": torch.from_numpy(data.label[data.split == split].astype(np.float32)),
                 "arc_snr": torch.from_numpy(data.arc_snr[data.split == split].astype(np.float32)),
             }
@@ -599,6 +601,7 @@ class TrainLensFinderTask(PipelineTask):
     def _describe_recipe(self) -> dict[str, Any]:
         return self._make_training_settings() | {
             "augmentation": self.config.augmentation.toDict(),
+            "kind_weights": dict(self.config.kindWeights),
             "devices": self.config.devices,
             "stored_float_bits": self.config.floatBits,
         }
