@@ -25,6 +25,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import json
 import math
@@ -601,3 +602,56 @@ def test_wrong_model_stops_the_run(repository: Path) -> None:
     )
     with pytest.raises(InvalidQuantumError, match="y missing"):
         executor.run(register_dataset_types=True)
+
+
+# The benchmarks that measure with it
+
+
+def run_benchmark(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, *arguments: object
+) -> str:
+    """Run a script of the folder benchmarks and return what it prints."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+    importlib.import_module(name).main()
+    return capsys.readouterr().out
+
+
+def test_bars_are_measured(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bars come as a table, those of fields without lenses too."""
+    model = tmp_path / "model.safetensors"
+    make_test_model().write(model)
+    options = ["--noise", "shallow", 1.1, "--blank", repository, "blank", "--threads", 1]
+    out = run_benchmark(
+        monkeypatch, capsys, "lens_bars", model, "--examples", "deep", repository, "examples", *options
+    )
+    for title in ("TPR of RingFinder", "made on the same sky", "linear probe", "blank fields", "shallow"):
+        assert title in out
+
+
+def test_recipes_are_compared(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each recipe has a line for each set and change."""
+    with Butler.from_config(str(repository), writeable=True) as butler:
+        examples = make_examples(160)
+        examples["split"] = np.array(["train", "train", "train", "validation", "test"])[
+            np.arange(160) // 2 % 5
+        ]
+        butler.collections.register("recipes")
+        butler.put(examples, "lens_training_cutouts", skymap="test", tract=0, patch=0, run="recipes")
+    path = tmp_path / "rows.json"
+    options = ["--epochs", 1, "--json", path, "--precision", "32-true"]
+    run_benchmark(
+        monkeypatch,
+        capsys,
+        "compare_recipes",
+        repository,
+        *["--train", "recipes", "--measure", "here", "recipes", "--recipes", "robust", "no masks", *options],
+    )
+    rows = json.loads(path.read_text())
+    assert {row["recipe"].removesuffix(" 1") for row in rows} == {"robust", "no masks"}
+    assert {"all", "noise x 3.16", "bad stripe"} & {row["change"] for row in rows}
+    assert all(0 <= row["auroc"] <= 1 for row in rows)
