@@ -80,7 +80,10 @@ def describe_task(task: type[PipelineTask]) -> nodes.section:
         nodes.paragraph("", "", nodes.strong("", "Dimensions: "), nodes.Text(dimensions)),
         *(
             make_list(heading, list(describe_connections(connections, kinds)))
-            for heading, kinds in (("Reads", ("prerequisiteInputs", "inputs")), ("Writes", ("outputs",)))
+            for heading, kinds in (
+                ("Reads", ("prerequisiteInputs", "inputs")),
+                ("Writes", ("outputs", "initOutputs")),
+            )
         ),
         make_list("Configuration", list(describe_fields(config))),
         ids=[task.__name__],
@@ -93,7 +96,7 @@ def describe_connections(connections: Any, kinds: tuple[str, ...]) -> Iterator[t
     for kind in kinds:
         for name in sorted(getattr(connections, kind)):
             item = getattr(connections, name)
-            dimensions = ", ".join(sorted(item.dimensions)) or "no dimensions"
+            dimensions = ", ".join(sorted(getattr(item, "dimensions", ()))) or "no dimensions"
             yield item.name, f"{item.storageClass}; {dimensions}", item.doc
 
 

@@ -50,7 +50,8 @@ from lsst.meas.deeplearn.shear.shear_catalog_task import (
     ShearCatalogTask,
 )
 from lsst.meas.deeplearn.tests import make_test_coadds, make_test_repository
-from lsst.pipe.base import InvalidQuantumError, NoWorkFound
+from lsst.pipe.base import InvalidQuantumError, NoWorkFound, Pipeline
+from lsst.pipe.base.simple_pipeline_executor import SimplePipelineExecutor
 from lsst.pipe.base.testUtils import lintConnections
 
 RESPONSE = np.array([[0.3, 0.01], [-0.01, 0.28]])
@@ -66,7 +67,7 @@ def make_catalog(n: int = 400, seed: int = 1, step: float = 0.01) -> Table:
     e = (SHEAR + versions) @ RESPONSE.T + noise
     return Table(
         {
-            "id": np.repeat(np.arange(n), 5),
+            "shearObjectId": np.repeat(np.arange(n), 5),
             "ra": np.repeat(rng.uniform(10, 10.1, n), 5),
             "dec": np.repeat(rng.uniform(0, 0.1, n), 5),
             "cell_x": np.repeat(np.arange(n) % 10, 5),
@@ -102,7 +103,7 @@ def test_response_and_shear_are_recovered() -> None:
         assert 0 < row[f"g{i}_err"] < 0.05
         for j in "12":
             assert row[f"response{i}{j}"] == pytest.approx(RESPONSE[int(i) - 1, int(j) - 1], abs=1e-8)
-    assert result.calibrated.colnames == ["id", "ra", "dec", "g1", "g2", "is_blinded"]
+    assert result.calibrated.colnames == ["shearObjectId", "ra", "dec", "g1", "g2", "is_blinded"]
     assert len(result.calibrated) == 800
     assert np.mean(result.calibrated["g1"]) == pytest.approx(SHEAR[0], abs=1e-8)
 
@@ -151,7 +152,7 @@ def test_jackknife_is_that_of_blocks() -> None:
     catalog = make_catalog(2000, seed=5)
     e = np.column_stack([catalog["gauss_g1"], catalog["gauss_g2"]])
     settings = {"e": e, "meta_step": catalog["metaStep"], "selected": np.ones(len(e), bool), "step": 0.01}
-    many = compute_mean_shear(sum_catalog(blocks=catalog["id"], **settings))
+    many = compute_mean_shear(sum_catalog(blocks=catalog["shearObjectId"], **settings))
     np.testing.assert_allclose(many.shear_errors, 0.05 / 0.29 / np.sqrt(2000), rtol=0.1)
     one = compute_mean_shear(sum_catalog(blocks=np.zeros(len(e), int), **settings))
     assert np.isnan(one.shear_errors).all()
@@ -215,8 +216,32 @@ def test_objects_of_a_patch() -> None:
     assert len(catalog) == 25
     assert catalog["ra"].unit == "deg"
     np.testing.assert_array_equal(catalog["gauss_flags"].reshape(5, 5).all(axis=1), [*4 * [False], True])
-    mean = make_task(blockColumns=["id"], selection=["gauss_flags == 0"]).run([catalog], [0]).response[0]
+    settings = {"keptColumns": ["objectId"], "blockColumns": ["objectId"], "selection": ["gauss_flags == 0"]}
+    mean = make_task(**settings).run([catalog], [0]).response[0]
     assert mean["g1"] == pytest.approx(0.1, abs=0.03)
     assert mean["g2"] == pytest.approx(0.0, abs=0.03)
     with pytest.raises(NoWorkFound, match="No object"):
         MeasureShearTask(config=config).run(coadd, objects[:0])
+
+
+def test_schema_in_a_repository(tmp_path: Path) -> None:
+    """The schema is known before anything has run, and the catalogue of a
+    patch has it.
+    """
+    root = tmp_path / "repo"
+    make_test_repository(root, bands="i")
+    pipeline = Pipeline.from_uri("eups://meas_deeplearn/pipelines/measure_shear.yaml#measureShear")
+    for name, value in {"selection": [], "stampSize": 45, "psfSize": 21}.items():
+        pipeline.addConfigOverride("measureShear", name, value)
+    butler = SimplePipelineExecutor.prep_butler(str(root), inputs=["test/coadds"], output="shear")
+    SimplePipelineExecutor.from_pipeline(pipeline, butler=butler).run(register_dataset_types=True)
+    with Butler.from_config(str(root), collections="shear") as butler:
+        schema = butler.get("shear_measurement_schema")
+        (ref, *_) = butler.query_datasets("shear_measurement")
+        catalog = butler.get(ref, storageClass="ArrowTable")
+    assert schema.metadata == {b"shear_step": b"0.01", b"shear_bands": b"i"}
+    assert schema.field("ra").metadata[b"unit"] == b"deg"
+    assert all(field.metadata[b"doc"] for field in schema)
+    assert [(field.name, field.type) for field in catalog.schema] == [
+        (field.name, field.type) for field in schema
+    ]

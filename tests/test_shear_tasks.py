@@ -305,13 +305,21 @@ def test_validation(overrides: dict[str, object], message: str) -> None:
 
 
 def test_in_a_repository(tmp_path: Path) -> None:
-    """The pipeline runs on coadds of a repository, and writes m and c."""
+    """The pipeline runs on coadds of a repository, and writes m and c; a
+    network that is not there is asked for.
+    """
     root = tmp_path / "repo"
     make_test_repository(root, bands="ri")
     pipeline = Pipeline.from_uri("eups://meas_deeplearn/pipelines/calibrate_shear.yaml")
     for name, value in SMALL.items():
         pipeline.addConfigOverride("shearCalib", name, value)
     butler = SimplePipelineExecutor.prep_butler(str(root), inputs=["test/coadds"], output="shear")
+    pipeline.addConfigOverride("shearCalib", "morphologies", ["sersic", "cvae"])
+    with pytest.raises(
+        FileNotFoundError, match="no galaxy_cvae_model in .* -i; 'butler ingest-deeplearn-model'"
+    ):
+        SimplePipelineExecutor.from_pipeline(pipeline, butler=butler)
+    pipeline.addConfigOverride("shearCalib", "morphologies", SMALL["morphologies"])
     SimplePipelineExecutor.from_pipeline(pipeline, butler=butler).run(register_dataset_types=True)
     butler = Butler.from_config(str(root), collections="shear")
     bias = butler.get("shear_bias", skymap="test", tract=0)

@@ -101,13 +101,20 @@ class CoaddConnections(PipelineTaskConnections, dimensions=PATCH_DIMENSIONS):
         Mapping[str, tuple[cT.BaseInput, Collection[DatasetRef]]],
         Mapping[str, tuple[cT.Output, Collection[DatasetRef]]],
     ]:
-        """Keep the coadds of the bands that the configuration wants.
+        """Keep the coadds of the bands that the configuration wants; refuse to
+        go without a model.
 
         Parameters
         ----------
         inputs, outputs, label, data_id
             As in `lsst.pipe.base.PipelineTaskConnections.adjustQuantum`.
         """
+        for prerequisite, found in inputs.values():
+            if isinstance(prerequisite, cT.PrerequisiteInput) and len(found) < prerequisite.minimum:
+                raise FileNotFoundError(
+                    f"There is no {prerequisite.name} in the input collections.  Name the run that has one "
+                    "with -i; 'butler ingest-deeplearn-model' puts a model package into a run."
+                )
         connection, refs = inputs["coadds"]
         wanted = self.config.wanted_bands
         kept = [ref for ref in refs if ref.dataId["band"] in wanted]

@@ -27,10 +27,11 @@ from __future__ import annotations
 __all__ = ("MeasureShearConfig", "MeasureShearConnections", "MeasureShearTask")
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import astropy.units as u
 import numpy as np
+import pyarrow as pa
 from astropy.table import Column, Table
 
 import lsst.pipe.base.connectionTypes as cT
@@ -46,7 +47,7 @@ from ..patch_inputs import PATCH_DIMENSIONS, PatchConfig, PatchConnections, comp
 from .shapes import STEPS
 
 SHEAR_OBJECT_COLUMNS: Mapping[str, tuple[str, u.UnitBase | None, str]] = {
-    "id": ("i8", None, "Object ID"),
+    "objectId": ("i8", None, "Object ID"),
     "ra": ("f8", u.deg, "ICRS right ascension"),
     "dec": ("f8", u.deg, "ICRS declination"),
     "metaStep": ("U2", None, "Artificial shear: none (ns), or a component up (p) or down (m)"),
@@ -54,7 +55,7 @@ SHEAR_OBJECT_COLUMNS: Mapping[str, tuple[str, u.UnitBase | None, str]] = {
     "gauss_g2": ("f8", None, "Second component of the ellipticity, not corrected for its response"),
     "gauss_snr": ("f8", None, "Signal to noise of the weighted flux"),
     "gauss_T_ratio": ("f8", None, "Area of the object over that of a star"),
-    "gauss_flags": ("?", None, "The measurement failed, or pixels are masked"),
+    "gauss_flags": ("i4", None, "1 if the measurement failed, or if pixels are masked; 0 if not"),
 }
 """Type, unit and meaning of the columns; names are those of LSST's
 metadetection where it has the quantity."""
@@ -68,6 +69,11 @@ class MeasureShearConnections(PatchConnections, dimensions=PATCH_DIMENSIONS):
         name="shear_measurement",
         storageClass="ArrowAstropy",
         dimensions=PATCH_DIMENSIONS,
+    )
+    schema = cT.InitOutput(
+        doc="Columns of the catalogue with 'doc' and 'unit', and the artificial shear.",
+        name="shear_measurement_schema",
+        storageClass="ArrowSchema",
     )
 
     config: MeasureShearConfig
@@ -116,6 +122,10 @@ class MeasureShearTask(PipelineTask):
     ConfigClass: ClassVar[type[MeasureShearConfig]] = MeasureShearConfig
     _DefaultName: ClassVar[str] = "measureShear"
     config: MeasureShearConfig
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.schema = make_schema(self.config)
 
     def runQuantum(
         self,
@@ -201,7 +211,7 @@ class MeasureShearTask(PipelineTask):
             shapes = engine.measure(images, psf, noise_sigma=np.where(good, sigma, 1.0), fixnoise=noise)
         n = len(STEPS)
         values = {
-            "id": np.repeat(cutouts.ids, n),
+            "objectId": np.repeat(cutouts.ids, n),
             "ra": np.repeat(cutouts.ra, n),
             "dec": np.repeat(cutouts.dec, n),
             "metaStep": np.tile(STEPS, len(cutouts)),
@@ -219,3 +229,19 @@ class MeasureShearTask(PipelineTask):
         )
         self.metadata["target_fwhm"] = engine.target_fwhm
         return Struct(catalog=catalog)
+
+
+def make_schema(config: MeasureShearConfig) -> pa.Schema:
+    """Return the columns of the catalogue, described as those of LSST's
+    metadetection are.
+
+    Parameters
+    ----------
+    config
+        Configuration of the task.
+    """
+    fields = []
+    for name, (dtype, unit, description) in SHEAR_OBJECT_COLUMNS.items():
+        kind = pa.string() if dtype.startswith("U") else pa.from_numpy_dtype(np.dtype(dtype))
+        fields.append(pa.field(name, kind, metadata={"doc": description, "unit": str(unit or "")}))
+    return pa.schema(fields, metadata={"shear_step": str(config.step), "shear_bands": config.band})

@@ -97,9 +97,9 @@ _NEGLIGIBLE = 1e-6
 _FULL_ORDER = 8
 _TYPICAL_VARIANCE = 1.6
 
-# The artificial shears of noise that is sheared in a frame turned by 90
-# degrees.
-_OPPOSITE = [0, 2, 1, 4, 3]
+# The artificial shears, but none, of an image, and of noise that is sheared in
+# a frame turned by 90 degrees.
+_ORDERS = ([0, 1, 2, 3], [1, 0, 3, 2])
 
 # Number of derivatives up to the second order.
 _N_QUADRATIC = 6
@@ -121,8 +121,9 @@ _ROTATED_SIGN = np.array([(-1.0) ** a for a, b in DERIVATIVES])
 # Parts in which pixels are added up.
 _N_PARTS = 4
 
-# Objects that are measured at once.
-_CHUNK = 2048
+# Stamps that are multiplied at once, as much as a cache holds, and objects
+# whose moments are.
+_STAMPS, _OBJECTS = 512, 2048
 
 
 class Metacalibration:
@@ -204,7 +205,7 @@ class Metacalibration:
         self._device = torch.device(device)
         self._dtype = dtype
         # As much as the cache of a core holds; a GPU wants more.
-        self._batch_size = 64 if self._device.type == "cpu" else 16384
+        self._batch_size = 96 if self._device.type == "cpu" else 16384
         self._grid_size = _find_fast_size(stamp_size)
         k = 2 * np.pi * np.fft.fftfreq(self._grid_size, d=pixel_scale)
         # Half of the plane: the other one is conjugate.
@@ -227,7 +228,11 @@ class Metacalibration:
             )
         )
         self._complete = self._to_dtype(_make_completion(), dtype)
-        self._versions = self._to_double(_make_versions(step))
+        versions = _make_versions(step)
+        # What a shear changes is small, and need not be computed in double
+        # precision.
+        self._changes = self._to_dtype((versions[1:] - versions[0]).swapaxes(0, 1), dtype)  # (15, 4, 81)
+        self._unsheared = versions[0].argmax(axis=1)
         self._shears = self._to_double(_make_shears(step))
 
     def compute_moments(self, images: np.ndarray, psf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -415,7 +420,7 @@ class Metacalibration:
         self._check_size(psf)
         star = self._to_double(psf)[None]
         real, imag = self._transform(star, *self._make_waves(star.shape[-1], torch.float64))
-        if message := self._find_fault(star, real**2 + imag**2)[1]:
+        if message := self._find_fault(star, 1 / (real**2 + imag**2))[1]:
             raise ValueError(message)
         result: np.ndarray = torch.complex(real, imag)[0].cpu().numpy()
         return result
@@ -451,7 +456,7 @@ class Metacalibration:
                 # It is the same to turn the kernels the other way.
                 kernels = np.rot90(kernels, -1, axes=(1, 2))
             matrix = self._to_tensor(kernels.reshape(len(kernels), -1))
-            moments = torch.cat([_multiply(part.flatten(1), matrix) for part in stamps.split(_CHUNK)])
+            moments = torch.cat([_multiply(part.flatten(1), matrix) for part in stamps.split(_STAMPS)])
             alone = self.compute_moment_covariance(psf, fixnoise=False)[0, 0]
             variance = torch.full((len(stamps),), alone, dtype=torch.float64, device=self._device)
         elif psf.ndim == 3 and len(psf) == len(stamps):
@@ -486,7 +491,7 @@ class Metacalibration:
             moments[batch, _EVEN] = (real.mul_(inverse) @ to_even).to(torch.float64)
             moments[batch, _ODD] = (imag.mul_(inverse) @ to_odd).to(torch.float64)
             variance[batch] = (inverse @ to_variance).to(torch.float64)
-            moments[batch][self._find_fault(stars, power)[0]] = torch.nan
+            moments[batch].masked_fill_(self._find_fault(stars, inverse)[0][:, None], torch.nan)
         return moments, variance
 
     def _make_waves(self, side: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -537,17 +542,16 @@ class Metacalibration:
                 f"the stamps, {self.stamp_size}."
             )
 
-    def _find_fault(self, stars: Tensor, power: Tensor) -> tuple[Tensor, str]:
-        """Return which PSFs, whose modes have this power, are not usable, and
-        what is wrong with one.
+    def _find_fault(self, stars: Tensor, inverse: Tensor) -> tuple[Tensor, str]:
+        """Return which PSFs, with one over the power of their modes, are not
+        usable, and what is wrong with one.
         """
-        target = np.exp(-self._target_var * self._k2)
-        ratio = torch.as_tensor(target, dtype=power.dtype, device=power.device) / power
-        flux = power[:, 0]
-        amplification = torch.sqrt(ratio.amax(dim=1) * flux)
+        target = self._to_dtype(np.exp(-self._target_var * self._k2), inverse.dtype)
+        flux = torch.rsqrt(inverse[:, 0])
+        amplification = torch.sqrt((target * inverse).amax(dim=1)) * flux
         # The highest frequency along x, at the lowest along y.
         signs = 1.0 - 2.0 * (torch.arange(stars.shape[-1], dtype=stars.dtype, device=stars.device) % 2)
-        at_edge = torch.abs(stars.sum(dim=1) @ signs) / torch.sqrt(flux)
+        at_edge = torch.abs(stars.sum(dim=1) @ signs) / flux
         unknown = ~torch.isfinite(amplification)
         undersampled = at_edge > MAX_NYQUIST
         wide = amplification > MAX_AMPLIFICATION
@@ -570,8 +574,8 @@ class Metacalibration:
     def _compute_shapes(self, moments: Tensor, variance: Tensor) -> Shapes:
         """Return the shapes; see the notes of the class."""
         parts = [
-            self._measure(moments[start : start + _CHUNK].T, torch.sqrt(variance[start : start + _CHUNK]))
-            for start in range(0, max(len(moments), 1), _CHUNK)
+            self._measure(moments[start : start + _OBJECTS].T, torch.sqrt(variance[start : start + _OBJECTS]))
+            for start in range(0, max(len(moments), 1), _OBJECTS)
         ]
         arrays = (torch.cat(columns).cpu().numpy() for columns in zip(*parts, strict=True))
         return Shapes(self.step, *arrays)
@@ -585,26 +589,28 @@ class Metacalibration:
         limit = (CENTROID_SNR * flux_sigma).to(self._dtype)
         # Every version takes both steps by itself, as if it were an image:
         # the first one from the centre.
-        centered = torch.stack(self._make_versions(grids, _N_QUADRATIC)).sum(dim=0)
+        centered = _add(self._make_versions(grids, _N_QUADRATIC, self._dtype))
         x, y = (step.clamp(-MAX_SHIFT, MAX_SHIFT) for step in _step_to_maximum(centered, limit))  # (5, N)
         # Most of the way is the same for all.
         start = torch.stack([x[0], y[0]])
-        grids = [_translate(grid, *start).to(torch.float64) for grid in grids]
-        near = self._make_versions(grids, self._versions.shape[1])
+        near = self._make_versions(
+            [_translate(grid, *start) for grid in grids], len(self._changes), torch.float64
+        )
         # A shear moves the points where derivatives have become known.
         start = start.to(torch.float64)
-        known = [matrices @ start for matrices in (self._shears, self._shears[_OPPOSITE])]  # (5, 2, N)
+        known = [matrices @ start for matrices in (self._shears, torch.linalg.inv(self._shears))]  # (5, 2, N)
         shifts = [(x - point[:, 0], y - point[:, 1]) for point in known]
 
         def evaluate(
             step_x: Tensor | float, step_y: Tensor | float, rows: Sequence[int], dtype: torch.dtype
         ) -> Tensor:
             # (rows, 5, N)
-            parts = [
-                _expand(part.to(dtype), (dx + step_x).to(dtype), (dy + step_y).to(dtype), rows)
-                for part, (dx, dy) in zip(near, shifts, strict=False)
-            ]
-            return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+            return _add(
+                [
+                    _expand(part.to(dtype), (dx + step_x).to(dtype), (dy + step_y).to(dtype), rows)
+                    for part, (dx, dy) in zip(near, shifts, strict=False)
+                ]
+            )
 
         step_x, step_y = _step_to_maximum(evaluate(0.0, 0.0, range(_N_QUADRATIC), self._dtype), limit)
         flux, xx, xy, yy = evaluate(step_x, step_y, _EVEN_QUADRATIC, torch.float64)
@@ -625,15 +631,17 @@ class Metacalibration:
         weight[:, bad] = 0.0
         return e.permute(2, 1, 0), snr.T, size.T, weight.T, bad
 
-    def _make_versions(self, grids: list[Tensor], n_rows: int) -> list[Tensor]:
+    def _make_versions(self, grids: list[Tensor], n_rows: int, dtype: torch.dtype) -> list[Tensor]:
         """Return the derivatives of all versions, shape ``(n_rows, 5, N)``,
         of an image and of noise that is sheared the other way.
         """
-        matrices = (self._versions[:, :n_rows], self._versions[_OPPOSITE, :n_rows])
-        return [
-            (matrix.to(grid.dtype) @ grid).transpose(0, 1)
-            for matrix, grid in zip(matrices, grids, strict=False)
-        ]
+        result = []
+        for grid, order in zip(grids, _ORDERS, strict=False):
+            unsheared = grid[self._unsheared[:n_rows]].to(dtype)[:, None]
+            changes = self._changes[:n_rows, order].flatten(0, 1) @ grid
+            sheared = unsheared + changes.view(n_rows, -1, grid.shape[1])
+            result.append(torch.cat([unsheared, sheared], dim=1))
+        return result
 
     def _to_tensor(self, images: np.ndarray) -> Tensor:
         return torch.as_tensor(images, dtype=self._dtype, device=self._device)
@@ -654,6 +662,11 @@ def _multiply(stamps: Tensor, kernels: Tensor) -> Tensor:
     # times (4 stamps) as large.
     parts = zip(kernels.chunk(_N_PARTS, dim=1), stamps.chunk(_N_PARTS, dim=1), strict=True)
     return torch.stack([(a @ b.T).to(torch.float64) for a, b in parts]).sum(dim=0).T
+
+
+def _add(parts: list[Tensor]) -> Tensor:
+    """Return one part, or the sum of two."""
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def _step_to_maximum(derivatives: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:

@@ -141,7 +141,7 @@ class ShearCatalogConfig(PipelineTaskConfig, pipelineConnections=ShearCatalogCon
     stepColumn = Field[str](doc="Column with the artificial shear: ns, 1p, 1m, 2p, 2m.", default="metaStep")
     step = RangeField(dtype=float, doc="Size of the artificial shear.", default=0.01, min=1e-4, max=0.1)
     keptColumns = ListField[str](
-        doc="Further columns of the calibrated catalogue.", default=["id", "ra", "dec"]
+        doc="Further columns of the calibrated catalogue.", default=["shearObjectId", "ra", "dec"]
     )
     selection = ListField[str](
         doc="Conditions on columns that a row must satisfy, on its own measurements (see "
