@@ -129,7 +129,13 @@ class _Field:
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> _Field:
-        """Draw a field; seeing and depth differ from field to field."""
+        """Draw a field; seeing and depth differ from field to field.
+
+        Parameters
+        ----------
+        rng
+            Random numbers.
+        """
         psfs = [
             make_psf(band.psf_fwhm * rng.uniform(0.9, 1.15), *rng.normal(0, 0.02, 2).tolist())
             for band in KIDS.values()
