@@ -36,7 +36,15 @@ from lsst.meas.deeplearn.lenses import challenge, challenge_commands, challenge_
 from lsst.meas.deeplearn.lenses.challenge import ChallengeError
 from lsst.meas.deeplearn.lenses.lens_network import EvaluationError
 from lsst.meas.deeplearn.lenses.simulate_lenses_task import EXAMPLE_COLUMNS
+from lsst.meas.deeplearn.lenses.simulation import compute_arc_snr, render_arcs
 from lsst.meas.deeplearn.model_package import ModelPackage, ModelPackageError
+from lsst.meas.deeplearn.scene import (
+    compute_transfer,
+    draw_galaxies,
+    draw_galaxies_in_bands,
+    make_psf,
+    sample_galaxies,
+)
 from lsst.meas.deeplearn.tests import make_test_model
 
 FIRST_ID = 100000
@@ -285,6 +293,54 @@ def test_simulated_set(tmp_path: Path) -> None:
     again, _ = challenge_simulation.simulate_challenge(3, seed=9)
     np.testing.assert_array_equal(made.image, again.image)
     assert catalog["is_lens"].sum() == 1
+
+
+def test_pairs_of_the_simulated_set() -> None:
+    """Each non-lens has a galaxy as bright as that of a lens."""
+    cutouts, catalog = challenge_simulation.simulate_challenge(40, seed=4)
+    lens = np.asarray(catalog["is_lens"], dtype=bool)
+    center = np.log10(np.clip(cutouts.image[:, 3, 44:57, 44:57].sum(axis=(1, 2)), 1.0, None))
+    assert np.median(np.abs(center[lens] - center[~lens])) < 0.15
+    assert np.corrcoef(center[lens], center[~lens])[0, 1] > 0.8
+
+
+def test_arcs_on_small_images() -> None:
+    """What is cut off where arcs are painted on small images is far below the
+    noise, and the signal to noise is that of the large ones.
+    """
+    rng = np.random.default_rng(1)
+    fields = [challenge_simulation._Field.sample(rng) for _ in range(2)]
+    lenses, arcs = challenge_simulation._draw_lenses(12, fields, rng)
+    large = render_arcs(
+        lenses,
+        bands=tuple(challenge_simulation.KIDS),
+        pixel_scale=0.2,
+        size=challenge_simulation.SIZE,
+        psf=np.array([fields[number].kernels for number in lenses["field"]]),
+    )
+    noise = np.array([fields[number].noise for number in lenses["field"]])[..., None, None]
+    assert np.abs((arcs - large) / noise).max() < 0.3
+    snr = compute_arc_snr(large, np.broadcast_to(noise**2, large.shape)).max(axis=1)
+    assert (snr > 0.999 * challenge_simulation.MIN_ARC_SNR).all()
+
+
+def test_galaxies_in_all_bands() -> None:
+    """Galaxies drawn in Fourier space are those that are drawn one by one."""
+    galaxies = sample_galaxies(np.random.default_rng(3), (400, 400))
+    # Far enough from the edges not to come back at the other side.
+    galaxies = galaxies[np.argsort(galaxies.magnitude)[:4]]
+    galaxies.x, galaxies.y = np.array([50.0, 38.3, 60.8, 49.6]), np.array([50.0, 61.2, 43.5, 36.9])
+    psfs = {band: make_psf(settings.psf_fwhm, 0.05) for band, settings in challenge_simulation.KIDS.items()}
+    image = draw_galaxies_in_bands(
+        galaxies,
+        np.stack([galaxies.compute_fluxes(band) for band in psfs], axis=1),
+        np.array([compute_transfer(psf, 144) for psf in psfs.values()]),
+        101,
+    )
+    for drawn, (band, psf) in zip(image, psfs.items(), strict=True):
+        expected = np.zeros((101, 101), dtype=np.float32)
+        draw_galaxies(expected, galaxies, band, lambda x, y, psf=psf: psf, challenge_simulation.KIDS[band])
+        assert np.abs(drawn - expected).max() < 5e-3 * expected.max()
 
 
 def test_commands(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -300,6 +301,29 @@ def test_fine_tuning_starts_from_a_model(model: ModelPackage, examples: Table, t
     assert tuned.record["initial_model"]["training_set"] == model.record["training_set"]
 
 
+def test_fine_tuning_adds_bands(model: ModelPackage, examples: Table, tmp_path: Path) -> None:
+    """Bands in another order keep their weights, and those of a new band
+    start at 0.
+    """
+    assert model.settings.bands == ("g", "r", "i")
+    stem = model.weights["stem.weight"]
+    fewer = dataclasses.replace(
+        model,
+        settings=dataclasses.replace(model.settings, bands=("i", "g")),
+        weights={**model.weights, "stem.weight": stem[:, [2, 0]]},
+    )
+    fewer.write(tmp_path / "model.safetensors")
+    config = make_training_config(initialModel=str(tmp_path / "model.safetensors"), learningRate=1e-9)
+    tuned = TrainLensFinderTask(config=config).run([examples]).model
+    assert tuned.settings.bands == model.settings.bands
+    np.testing.assert_allclose(tuned.weights["stem.weight"][:, [0, 2]], stem[:, [0, 2]], atol=1e-3)
+    np.testing.assert_allclose(tuned.weights["stem.weight"][:, 1], 0.0, atol=1e-6)
+    # It has a band too many.
+    config.bands = ["g", "r"]
+    with pytest.raises(TrainingSetError, match="bands: "):
+        TrainLensFinderTask(config=config).run([examples])
+
+
 def test_checkpoint_knows_where_it_started(model: ModelPackage, examples: Table, tmp_path: Path) -> None:
     """A checkpoint of random weights does not pass for one of fine-tuning."""
     checkpoint = str(tmp_path / "state.pt")
@@ -425,7 +449,7 @@ def test_small_batch_is_refused(examples: Table) -> None:
         TrainLensFinderTask(config=make_training_config(batchSize=5000)).run([examples])
 
 
-@pytest.mark.parametrize("recipe", ["published", "robust"])
+@pytest.mark.parametrize("recipe", ["published", "robust", "challenge"])
 def test_recipe_is_valid(recipe: str) -> None:
     """The recipes that are shipped can be loaded, also one over another."""
     config = TrainLensFinderConfig()
@@ -434,6 +458,7 @@ def test_recipe_is_valid(recipe: str) -> None:
     config.validate()
     default = TrainLensFinderConfig()
     assert (config == default) == (recipe == "published")
+    assert not config.initialModel or Path(config.initialModel).exists()
 
 
 def test_one_class_is_refused(examples: Table) -> None:

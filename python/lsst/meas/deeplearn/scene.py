@@ -35,7 +35,9 @@ __all__ = (
     "Sky",
     "Stars",
     "compute_half_light_radius",
+    "compute_transfer",
     "draw_galaxies",
+    "draw_galaxies_in_bands",
     "draw_psf_kernel",
     "draw_stars",
     "make_psf",
@@ -687,6 +689,77 @@ def draw_galaxies(
         profile = galsim.Convolve(profile, get_psf(x, y), gsparams=GSPARAMS)
         stamp = _draw(profile, 2 * radius + 1, x - math.floor(x + 0.5), y - math.floor(y + 0.5))
         _add_stamp(image, stamp, x, y, 1.0)
+
+
+def compute_transfer(profile: galsim.GSObject, side: int) -> np.ndarray:
+    """Return the Fourier transform of a profile at the modes of an image.
+
+    Parameters
+    ----------
+    profile
+        The profile.
+    side
+        Even number of pixels on a side of the image.
+
+    Returns
+    -------
+    transfer
+        The modes of `numpy.fft.rfft2`, complex64, shape
+        ``(side, side / 2 + 1)``; those of the Nyquist frequency are 0.
+    """
+    step = 2 * math.pi / (side * PIXEL_SCALE)
+    modes = profile.drawKImage(galsim.ImageCF(side, side, scale=step)).array
+    transfer = np.zeros((side, side // 2 + 1), dtype=np.complex64)
+    transfer[:, :-1] = np.fft.ifftshift(modes[:, side // 2 :], axes=0)
+    transfer[side // 2] = 0
+    return transfer
+
+
+def draw_galaxies_in_bands(
+    galaxies: Galaxies, fluxes: np.ndarray, transfer: np.ndarray, size: int
+) -> np.ndarray:
+    """Draw galaxies on a small image in several bands at once.
+
+    Parameters
+    ----------
+    galaxies
+        The galaxies.
+    fluxes
+        Fluxes in nJy as `Galaxies.compute_fluxes` returns them, shape
+        ``(N, B, 3)``.
+    transfer
+        `compute_transfer` of the PSF in each band, on an image that is larger
+        than this one, shape ``(B, side, side / 2 + 1)``.
+    size
+        Side of the image in pixels.
+
+    Returns
+    -------
+    image
+        Image in nJy, float32, shape ``(B, size, size)``.
+
+    Notes
+    -----
+    A part of a galaxy has one shape in all bands, whose Fourier transform is
+    computed once.  The larger image repeats itself: what a galaxy has beyond
+    its edge comes back at the other side.
+    """
+    side = transfer.shape[1]
+    spectrum = np.zeros_like(transfer)
+    for k in range(len(galaxies)):
+        angle, flux = galaxies.position_angle[k], fluxes[k].astype(np.float32)  # (B, 3)
+        if galaxies.magnitude[k] > ARMS_MAGNITUDE:
+            flux = np.stack([flux[:, BULGE], flux[:, DISK] + flux[:, ARMS], 0 * flux[:, ARMS]], axis=1)
+        radius, q = galaxies.half_light_radius[k], galaxies.axis_ratio[k]
+        for part in np.flatnonzero(flux.any(axis=0)):
+            if part == ARMS:
+                profile = _make_arms(int(galaxies.seed[k]), 1.0, radius[DISK], q[DISK], angle)
+            else:
+                index = float(galaxies.sersic_index[k]) if part == BULGE else 1.0
+                profile = _make_sersic(index, 1.0, radius[part], q[part], angle)
+            profile = profile.shift(galaxies.x[k] * PIXEL_SCALE, galaxies.y[k] * PIXEL_SCALE)
+            spectrum += flux[:, part, None, None] * compute_transfer(profile, side)
+    return np.fft.irfft2(spectrum * transfer, s=(side, side)).astype(np.float32)[:, :size, :size]
 
 
 def draw_stars(

@@ -32,7 +32,7 @@ from typing import Any
 
 import click
 import numpy as np
-from astropy.table import Table
+from astropy.table import Table, vstack
 
 from ..inference import InferenceConfig
 from ..model_package import ModelPackage, ModelPackageError
@@ -52,7 +52,7 @@ from .challenge import (
 )
 from .lens_network import EvaluationError
 
-SIMULATED_TOGETHER = 100
+SIMULATED_TOGETHER = 250
 """Number of objects that are simulated together."""
 
 
@@ -297,8 +297,7 @@ def simulate(root: Path, number: int, seed: int) -> None:
         write_challenge(root, cutouts)
         keys.append(key)
         click.echo(f"{start + len(key)} of {number} objects are made.")
-    rows = [row for key in keys for row in key.iterrows()]
-    Table(rows=rows, names=keys[0].colnames).write(root / "classifications.csv", format="ascii.csv")
+    vstack(keys).write(root / "classifications.csv", format="ascii.csv", overwrite=True)
 
 
 def _choose(catalog: Table, images: Mapping[int, Any], limit: int | None) -> list[int]:

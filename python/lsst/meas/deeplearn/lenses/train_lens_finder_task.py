@@ -245,7 +245,8 @@ class TrainLensFinderConfig(PipelineTaskConfig, pipelineConnections=TrainLensFin
     # Training; see lsst.meas.deeplearn.training.TrainingSettings.
     initialModel = Field[str](
         doc="File of a model package whose weights the training starts from (fine-tuning), of the same "
-        "network, bands, pixels and scaling.  Random weights if empty.",
+        "network, pixels and scaling.  Bands that it has not start with weights of 0.  Random weights if "
+        "empty.",
         default="",
     )
     epochs = RangeField(dtype=int, doc="Number of passes over the examples.", default=120, min=1)
@@ -440,6 +441,7 @@ class TrainLensFinderTask(PipelineTask):
             initial = ModelPackage.read(path)
         except (OSError, ModelPackageError) as err:
             raise TrainingSetError(f"The initial model cannot be read: {err}") from err
+        initial = _add_bands(initial, settings.bands)
         wanted = {"architecture": self.config.architecture, **dataclasses.asdict(settings)}
         found = {"architecture": initial.architecture, **dataclasses.asdict(initial.settings)}
         if other := [
@@ -638,6 +640,22 @@ def make_network(architecture: str, settings: ModelSettings) -> torch.nn.Module:
         in_bands=len(settings.bands), **settings.network
     )
     return network
+
+
+def _add_bands(model: ModelPackage, bands: tuple[str, ...]) -> ModelPackage:
+    """Return a model for these bands that ignores those that are new to it;
+    the model itself if it has others.
+    """
+    if not set(model.settings.bands) <= set(bands):
+        return model
+    stem = model.weights["stem.weight"]
+    wider = np.zeros((stem.shape[0], len(bands), *stem.shape[2:]), dtype=stem.dtype)
+    wider[:, [bands.index(band) for band in model.settings.bands]] = stem
+    return dataclasses.replace(
+        model,
+        settings=dataclasses.replace(model.settings, bands=bands),
+        weights={**model.weights, "stem.weight": wider},
+    )
 
 
 def _round(values: np.ndarray, bits: int) -> np.ndarray:
