@@ -312,7 +312,7 @@ def _deal(galaxy: np.ndarray) -> list[np.ndarray]:
     """Return rows with one of each galaxy, and others as long as there are."""
     order = np.argsort(galaxy, kind="stable")
     _, first, count = np.unique(galaxy[order], return_index=True, return_counts=True)
-    return [order[first + draw] for draw in range(min(count.min(), MAX_DRAWS))]
+    return [order[first + draw] for draw in range(min(int(count.min()), MAX_DRAWS))]
 
 
 def compute_conditioning(
