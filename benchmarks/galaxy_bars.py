@@ -20,11 +20,12 @@
 # along with this program.  If not, see <https://www.gnu.org/licenses/>.
 
 
-"""Bars of a galaxy model without a pipeline: isotropy, and recovery of truth.
+"""Bars of a galaxy model without a pipeline: isotropy, redshift, and truth.
 
 Run as ``python benchmarks/galaxy_bars.py``; see ``--help``.  Isotropy is that
 of galaxies drawn for a population, by moments with a round Gaussian weight,
 each in four orientations.
+Redshift is what changes if nothing but the redshift that was asked for does.
 Truth is what the model makes of noisy images of synthetic galaxies: the latent
 variables are at their means, and the result is compared with the galaxies
 before PSF and noise.
@@ -46,7 +47,7 @@ import torch
 from lsst.meas.deeplearn.galaxies.cosmos import COSMOS_NOISE_VARIANCE
 from lsst.meas.deeplearn.galaxies.cvae import Cvae
 from lsst.meas.deeplearn.galaxies.cvae_sampling import CvaeSampler, augment, make_batch
-from lsst.meas.deeplearn.galaxies.morphology import compute_radii
+from lsst.meas.deeplearn.galaxies.morphology import compute_radii, measure_morphology
 from lsst.meas.deeplearn.galaxies.parametric import make_galaxy, make_smooth_galaxy
 from lsst.meas.deeplearn.galaxies.synthetic import draw_to_magnitude, make_synthetic_set
 from lsst.meas.deeplearn.model_package import ModelPackage
@@ -55,6 +56,9 @@ MODEL = Path(__file__).parents[1] / "models" / "cvae_synthetic.safetensors"
 
 WEIGHT_SIGMA = 0.5
 """Sigma of the weight of moments in arcsec."""
+
+NOISE = 3.7e-4
+"""Noise of COSMOS in a pixel for a galaxy of magnitude 22.5, of flux 1."""
 
 
 def compute_ellipticities(images: np.ndarray, pixel_scale: float) -> np.ndarray:
@@ -126,6 +130,34 @@ def measure_isotropy(package: ModelPackage, n: int, *, seed: int, chunk: int = 6
             f"  {name:14s} {ring_mean.mean():+.6f} +- {ring_mean.std() / np.sqrt(n):.6f}, of the first alone "
             f"{one.mean():+.5f} +- {one.std() / np.sqrt(n):.5f}"
         )
+
+
+def measure_redshift(package: ModelPackage, n: int, *, seed: int) -> None:
+    """Print the median concentration and clumpiness by redshift.
+
+    Galaxies have 0.45 arcsec and magnitude 22.5, the smoothing of the model,
+    and white noise like that of COSMOS.
+
+    Parameters
+    ----------
+    package
+        The model.
+    n
+        Number of galaxies of each redshift.
+    seed
+        Seed of galaxies and noise, the same for each redshift.
+    """
+    sampler = CvaeSampler(package)
+    print(f"Medians of {n} galaxies of each redshift, 0.45 arcsec and magnitude 22.5")
+    for redshift in (0.3, 1.0):
+        rng = np.random.default_rng(seed)
+        images = sampler.draw(np.tile([0.45, 22.5, redshift], (n, 1)), rng.integers(2**31, size=n))
+        images += NOISE * rng.standard_normal(images.shape)
+        table = measure_morphology(images, noise=np.full(n, NOISE), pixel_scale=sampler.pixel_scale)
+        for name in ("concentration", "multimode", "asymmetry"):
+            values = np.asarray(table[name])[np.isfinite(table[name])]
+            error = np.median(rng.choice(values, (200, len(values))), axis=1).std()
+            print(f"  z {redshift}  {name:14s} {np.median(values):.3f} +- {error:.3f}")
 
 
 def measure_truth(
@@ -208,6 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default=str(MODEL), help="model package")
     parser.add_argument("--isotropy", type=int, default=4000, help="galaxies drawn; 0 for none")
+    parser.add_argument("--redshift", type=int, default=500, help="galaxies of each redshift; 0 for none")
     parser.add_argument("--truth", type=int, default=300, help="galaxies recovered; 0 for none")
     parser.add_argument("--seed", type=int, default=555, help="not that of a training set")
     args = parser.parse_args()
@@ -223,6 +256,8 @@ def main() -> None:
         measure(max_magnitude=24.0, depth=0.05)
     if args.isotropy:
         measure_isotropy(package, args.isotropy, seed=args.seed)
+    if args.redshift:
+        measure_redshift(package, args.redshift, seed=args.seed)
 
 
 if __name__ == "__main__":

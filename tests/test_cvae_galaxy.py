@@ -223,6 +223,14 @@ def test_impossible_radius(model_file: str, value: float) -> None:
         make_galaxy(model_file, half_light_radius=value)
 
 
+@pytest.mark.parametrize("value", [0.0, -3.0])
+def test_flux_without_light(model_file: str, value: float) -> None:
+    """As with any profile of GalSim, no or negative flux is what is drawn."""
+    galaxy = make_galaxy(model_file, flux=value)
+    assert galaxy.flux == value
+    assert draw(galaxy).sum() == pytest.approx(value, rel=0.02)
+
+
 def test_other_wrong_input(model_file: str, tmp_path: Path) -> None:
     """Bad seeds, fluxes, files and models say what is wrong."""
     with pytest.raises(ValueError, match="not negative"):

@@ -40,6 +40,7 @@ from lsst.meas.deeplearn.galaxies.coadd_set import make_coadd_set
 from lsst.meas.deeplearn.galaxies.compare_morphology_task import (
     CompareMorphologyConfig,
     CompareMorphologyConnections,
+    CompareMorphologyTask,
 )
 from lsst.meas.deeplearn.galaxies.conditions import ARCHITECTURE
 from lsst.meas.deeplearn.galaxies.cosmos import GalaxySetError
@@ -402,10 +403,21 @@ def test_no_objects(coadd: MultibandCoadd, model: ModelPackage) -> None:
     assert len(empty) == 0
 
 
-def test_other_models_are_refused(coadd: MultibandCoadd) -> None:
-    """Weights of a lens finder draw no galaxies."""
+def test_other_models_are_refused(coadd: MultibandCoadd, model: ModelPackage) -> None:
+    """Weights of a lens finder draw no galaxies, and none of another grid are
+    trained further.
+    """
+    lens_finder, small = make_test_model(), TrainCvaeConfig()
+    set_small(small)
     with pytest.raises(ModelPackageError, match="not a galaxy model"):
-        CvaeGalaxyTask(config=make_config()).run(coadd, make_objects(coadd), make_test_model())
+        CvaeGalaxyTask(config=make_config()).run(coadd, make_objects(coadd), lens_finder)
+    with pytest.raises(ModelPackageError, match="not a galaxy model"):
+        CompareMorphologyTask(config=CompareMorphologyConfig()).run(lens_finder)
+    with pytest.raises(ModelPackageError, match="not a galaxy model"):
+        TrainCvaeTask(config=small).run(start=lens_finder)
+    small.pixelScale = 0.08
+    with pytest.raises(ModelPackageError, match="33 pixels of 0.060 .* 33 of 0.080.* set size"):
+        TrainCvaeTask(config=small).run(start=model)
 
 
 def run_pipeline(root: Path, name: str, output: str, inputs: list[str], **configs: Any) -> Butler:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from astropy.table import Table
+from astropy.table import Table, vstack
 
 from lsst.meas.deeplearn.galaxies.comparison import (
     Sample,
@@ -130,6 +130,19 @@ def test_distances_are_those_of_the_statistic_that_differs() -> None:
     # The best classifier has 0.76; one that learns from 800 loses some.
     assert 0.65 < ks["c2st"] < 0.8
     assert distances["wasserstein"][0] == pytest.approx(1, abs=0.15)
+
+
+def test_classifier_sees_all_draws() -> None:
+    """Of many draws for each galaxy it has one at a time, and their mean."""
+    draws = [make_table(seed=seed) for seed in (1, 2, 3)]
+    draws[1]["gini"] += 2
+    real = make_table()
+    areas = [compare_samples({"real": real, "cvae": draw}, n_bootstrap=2)["ks"][-1] for draw in draws]
+    together = vstack(draws)
+    assert compare_samples({"real": real, "cvae": together}, n_bootstrap=2)["ks"][-1] == pytest.approx(
+        np.mean(areas)
+    )
+    assert areas[1] > max(areas[0], areas[2]) + 0.2
 
 
 def test_conditioning_by_bins() -> None:

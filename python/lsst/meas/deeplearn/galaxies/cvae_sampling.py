@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from ..inference import torch_threads
-from ..model_package import ModelPackage, ModelSettings
+from ..model_package import SCALE_TOLERANCE, ModelPackage, ModelPackageError, ModelSettings
 from ..training import Batch, TrainingSettings, train
 from .conditions import ARCHITECTURE, ConditionError, ConditionSpace, check_galaxy_model
 from .cosmos import GalaxySet
@@ -260,7 +260,18 @@ def train_cvae(
     ------
     ConditionError
         Raised if the conditions of the training set span no volume.
+    ModelPackageError
+        Raised if ``start`` is another kind of model, or of another grid.
     """
+    if start is not None:
+        check_galaxy_model(start)
+        size, scale = start.settings.stamp_size, start.settings.pixel_scale
+        if size != galaxies.size + 1 or abs(scale / galaxies.pixel_scale - 1) > SCALE_TOLERANCE:
+            raise ModelPackageError(
+                f"Model {start.name} {start.version} has stamps of {size} pixels of {scale:.3f} arcsec, and "
+                f"the training set of {galaxies.size + 1} of {galaxies.pixel_scale:.3f}; set size and "
+                "pixelScale to those of the model, or train from the beginning."
+            )
     space = ConditionSpace.fit(galaxies.conditions)
     settings_of_network = {
         "conditions": space.to_settings(),
