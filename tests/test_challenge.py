@@ -39,11 +39,13 @@ from lsst.meas.deeplearn.lenses.simulate_lenses_task import EXAMPLE_COLUMNS
 from lsst.meas.deeplearn.lenses.simulation import compute_arc_snr, render_arcs
 from lsst.meas.deeplearn.model_package import ModelPackage, ModelPackageError
 from lsst.meas.deeplearn.scene import (
+    sample_galaxies,
+)
+from lsst.meas.deeplearn.scene_drawing import (
     compute_transfer,
     draw_galaxies,
     draw_galaxies_in_bands,
     make_psf,
-    sample_galaxies,
 )
 from lsst.meas.deeplearn.tests import make_test_model
 

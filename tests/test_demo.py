@@ -29,7 +29,7 @@ from astropy.coordinates import SkyCoord
 
 from lsst.daf.butler import Butler
 from lsst.images.cells import CellCoadd
-from lsst.meas.deeplearn import scene
+from lsst.meas.deeplearn import scene, scene_drawing
 from lsst.meas.deeplearn.coadds import MultibandCoadd
 from lsst.meas.deeplearn.demo import Scene, draw_band, make_demo, make_scene
 from lsst.meas.deeplearn.repository import CellSkyMap
@@ -267,7 +267,7 @@ def test_variance_is_that_of_the_pixels() -> None:
 def test_depth(band: str) -> None:
     """A star at the depth of the survey has a signal to noise of 5."""
     settings = scene.SURVEY[band]
-    kernel = scene.draw_psf_kernel(scene.make_psf(settings.psf_fwhm), 35)
+    kernel = scene_drawing.draw_psf_kernel(scene_drawing.make_psf(settings.psf_fwhm), 35)
     flux = 10 ** (-0.4 * (settings.depth - scene.AB_ZERO_POINT))
     assert flux * np.sqrt((kernel**2).sum()) / settings.sky_noise == pytest.approx(5, rel=0.01)
 
@@ -317,7 +317,7 @@ def test_galaxies_are_drawn_with_their_flux(sample: Callable[..., scene.Galaxies
         rng = np.random.default_rng(2)
         galaxies = sample(rng, np.full(3, 200.3), np.full(3, 199.6), np.full(3, 0.5), np.full(3, magnitude))
         image = np.zeros((401, 401), dtype=np.float32)
-        scene.draw_galaxies(image, galaxies, "r", lambda x, y: scene.make_psf(0.8))
+        scene_drawing.draw_galaxies(image, galaxies, "r", lambda x, y: scene_drawing.make_psf(0.8))
         assert image.sum() == pytest.approx(galaxies.compute_fluxes("r").sum(), rel=0.06)
         y, x = np.indices(image.shape)
         assert (image * x).sum() / image.sum() == pytest.approx(200.3, abs=0.5)
@@ -326,10 +326,12 @@ def test_galaxies_are_drawn_with_their_flux(sample: Callable[..., scene.Galaxies
 
 def test_stars_are_drawn_as_the_psf() -> None:
     """A star is its flux times the PSF kernel."""
-    psf = scene.make_psf(0.8, 0.02, -0.01)
+    psf = scene_drawing.make_psf(0.8, 0.02, -0.01)
     star = scene.Stars(np.array([30.0]), np.array([25.0]), {"i": np.array([20.0])})
     image = np.zeros((60, 60), dtype=np.float32)
-    scene.draw_stars(image, star, "i", lambda x, y: psf)
+    scene_drawing.draw_stars(image, star, "i", lambda x, y: psf)
     flux = 10 ** (-0.4 * (20 - scene.AB_ZERO_POINT))
     stamp = image[25 - 10 : 25 + 11, 30 - 10 : 30 + 11] / flux
-    np.testing.assert_allclose(stamp, scene.draw_psf_kernel(psf, 35)[7:28, 7:28], rtol=0.01, atol=1e-6)
+    np.testing.assert_allclose(
+        stamp, scene_drawing.draw_psf_kernel(psf, 35)[7:28, 7:28], rtol=0.01, atol=1e-6
+    )

@@ -60,14 +60,16 @@ from .scene import (
     Galaxies,
     Sky,
     Stars,
-    draw_galaxies,
-    draw_psf_kernel,
-    draw_stars,
-    make_psf,
     sample_early_types,
     sample_galaxies,
     sample_groups,
     sample_stars,
+)
+from .scene_drawing import (
+    draw_galaxies,
+    draw_psf_kernel,
+    draw_stars,
+    make_psf,
 )
 
 _LOG = logging.getLogger(__name__)

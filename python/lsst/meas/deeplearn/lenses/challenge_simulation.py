@@ -55,13 +55,15 @@ from ..scene import (
     SURVEY,
     BandSettings,
     Galaxies,
+    sample_early_types,
+    sample_galaxies,
+    sample_late_types,
+)
+from ..scene_drawing import (
     compute_transfer,
     draw_galaxies_in_bands,
     draw_psf_kernel,
     make_psf,
-    sample_early_types,
-    sample_galaxies,
-    sample_late_types,
 )
 from .challenge import BRANCHES, MASKED
 from .lens_population import sample_lens_population
