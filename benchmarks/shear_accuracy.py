@@ -32,6 +32,7 @@ import argparse
 import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 # Before numpy and torch load their libraries: one core.
@@ -42,11 +43,12 @@ import numpy as np
 import torch
 from measure_shear import measure_by_galsim
 
+from lsst.meas.deeplearn.model_package import ModelPackage
 from lsst.meas.deeplearn.shear.bias import ShearBias, ShearSums, fit_bias
 from lsst.meas.deeplearn.shear.blends import compute_blended_sums
 from lsst.meas.deeplearn.shear.calibration import Bin, compute_shear_sums
 from lsst.meas.deeplearn.shear.metacal import Metacalibration
-from lsst.meas.deeplearn.shear.morphologies import ParametricGalaxies
+from lsst.meas.deeplearn.shear.morphologies import CvaeGalaxies, Morphology, ParametricGalaxies
 from lsst.meas.deeplearn.shear.simulation import GalaxySample, Scene, draw_stamps, make_arms, make_noise
 
 PSF = galsim.Moffat(beta=2.5, fwhm=0.7).shear(g1=0.02, g2=-0.02)
@@ -70,6 +72,17 @@ def format_bias(name: str, bias: ShearBias, terms: Sequence[str] = ("m", "c")) -
     ]
     units = ", ".join(f"{term} / {1 / SCALES[term]:.0e}" for term in terms)
     return f"{name:40}" + "  ".join(values) + f"  ({units})"
+
+
+def make_morphology(name: str) -> Morphology:
+    """Return what draws galaxies: ``cvae`` are those of the model that
+    ships.
+    """
+    if name != "cvae":
+        return ParametricGalaxies(name)
+    return CvaeGalaxies(
+        ModelPackage.read(Path(__file__).parents[1] / "models" / "cvae_synthetic.safetensors")
+    )
 
 
 def make_metacal(**settings: Any) -> Metacalibration:
@@ -101,7 +114,7 @@ def simulate(
         galaxies.half_light_radius *= dilation
         sums = compute_shear_sums(
             galaxies,
-            ParametricGalaxies(args.morphology),
+            make_morphology(args.morphology),
             scene,
             make_arms((args.shear,)) if arms is None else arms,
             estimators=estimators,
@@ -136,7 +149,7 @@ def measure_wrong_psf(args: argparse.Namespace) -> None:
 def measure_errors(args: argparse.Namespace) -> None:
     """Print how honest the errors of many small calibrations are."""
     scene, arms = Scene(PSF, PIXEL_SCALE, noise_sigma=NOISE[args.noise]), make_arms((args.shear,))
-    metacal, morphology = make_metacal(), ParametricGalaxies(args.morphology)
+    metacal, morphology = make_metacal(), make_morphology(args.morphology)
     stamps_shape = (-1, scene.stamp_size, scene.stamp_size)
     calibrations = []
     for first in range(0, args.n, args.galaxies):
@@ -182,7 +195,7 @@ def measure_errors(args: argparse.Namespace) -> None:
 
 def measure_agreement(args: argparse.Namespace) -> None:
     """Print how far ellipticities are from those of a loop with GalSim."""
-    metacal, morphology = make_metacal(dtype=torch.float64), ParametricGalaxies(args.morphology)
+    metacal, morphology = make_metacal(dtype=torch.float64), make_morphology(args.morphology)
     stamps, psfs, expected, found = [], [], [], []
     for k, g in enumerate(np.linspace(-0.05, 0.05, args.n)):
         galaxy = GalaxySample.draw(np.array([k]), seed=args.seed, magnitude=MAGNITUDE)
@@ -239,7 +252,7 @@ def measure_blends(args: argparse.Namespace) -> None:
     parts: dict[str, list[ShearSums]] = {}
     for start in range(0, args.n, args.chunk):
         sums = compute_blended_sums(
-            ParametricGalaxies(args.morphology),
+            make_morphology(args.morphology),
             scene,
             make_arms((args.shear,)),
             density=args.density,
@@ -262,7 +275,9 @@ def main() -> None:
     """Run one of the simulations."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="seed of galaxies and noise")
-    parser.add_argument("--morphology", default="sersic", help="kind of galaxies")
+    parser.add_argument(
+        "--morphology", default="sersic", help="kind of galaxies: sersic, bulge_disk, knots, cvae"
+    )
     parser.add_argument("--shear", type=float, default=0.02, help="true shear")
     commands = parser.add_subparsers(required=True)
     blends = commands.add_parser("blends", help="galaxies that overlap, with detection")
