@@ -117,6 +117,11 @@ class MeasureShearTask(PipelineTask):
     Neighbours stay in the stamps, and detection is not repeated on sheared
     images: what they do to shear is the business of metadetection, whose
     catalogues `ShearCatalogTask` takes as well.
+
+    Parameters
+    ----------
+    **kwargs
+        Those of `lsst.pipe.base.PipelineTask`.
     """
 
     ConfigClass: ClassVar[type[MeasureShearConfig]] = MeasureShearConfig
