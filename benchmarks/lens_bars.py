@@ -132,13 +132,13 @@ class Bars:
         print(line)
 
 
-def make_task(*, ring_finder: bool, probe: bool) -> EvaluateLensFinderTask:
+def make_task(*, ring_finder: bool, probe: bool, robustness: int = 0) -> EvaluateLensFinderTask:
     """Make the evaluation with what the bars need."""
     config = EvaluateLensFinderConfig()
     config.doColors = False
     config.doRingFinder = ring_finder
     config.doProbe = probe
-    config.maxRobustness = 0
+    config.maxRobustness = robustness
     return EvaluateLensFinderTask(config=config)
 
 
@@ -164,6 +164,15 @@ def measure_examples(bars: Bars, name: str, metrics: Table, networks: set[str]) 
         for row in find(metrics, metric):
             if row["classifier"] in networks:
                 bars.add(f"error of the calibration {title}", name, row, "<= 0.02")
+
+
+def measure_changes(bars: Bars, name: str, metrics: Table, networks: set[str]) -> None:
+    """Add what changes of the stamps do."""
+    subsets = metrics["subset"][metrics["metric"] == "auroc"].tolist()
+    for subset in dict.fromkeys(subsets[subsets.index("unchanged") :]):
+        for row in find(metrics, "auroc", subset):
+            if row["classifier"] in networks:
+                bars.add(f"AUROC, {subset}", name, row, "")
 
 
 def measure_blank(bars: Bars, models: list[ModelPackage], args: argparse.Namespace) -> None:
@@ -223,6 +232,9 @@ def main() -> None:
     parser.add_argument("--sersic", nargs=2, metavar=("REPO", "COLLECTION"))
     parser.add_argument("--challenge", nargs=3, metavar=("ROOT", "KEY", "PACKAGE"))
     parser.add_argument("--limit", type=int, help="number of examples of each patch; all if not given")
+    parser.add_argument(
+        "--robustness", type=int, default=0, help="number of examples of each patch to change as bad data do"
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of the networks")
     parser.add_argument("--json", type=Path, help="file for the rows")
     args = parser.parse_args()
@@ -237,12 +249,14 @@ def main() -> None:
         sets["plain Sersic sources"] = (*args.sersic, 1.0)
     for name, (repository, collection, noise) in sets.items():
         plain = name == "plain Sersic sources"
-        task = make_task(ring_finder=not plain, probe=noise == 1)
+        task = make_task(ring_finder=not plain, probe=noise == 1, robustness=args.robustness)
         metrics = task.run(
             read_examples(repository, collection, args.limit, noise), models, num_cores=args.threads
         ).metrics
         if not plain:
             measure_examples(bars, name, metrics, networks)
+        if args.robustness:
+            measure_changes(bars, name, metrics, networks)
         for row in metrics[metrics["metric"] == "probe_auroc"]:
             bars.add(f"AUROC of a linear probe, {row['subset']}", name, row, "")
     measure_blank(bars, models, args)

@@ -369,7 +369,7 @@ def test_too_few_to_calibrate() -> None:
     table["split"][:] = "test"
     config = make_config(maxRobustness=0, doProbe=False)
     result = EvaluateLensFinderTask(config=config).run([table], [make_test_model()])
-    assert result.calibrations.keys() <= {"test 1"}
+    assert set(result.calibrations) == {"test 1"}  # by all, with 12 of each kind
     assert "ece" not in result.metrics["metric"]
 
 
@@ -623,11 +623,18 @@ def test_bars_are_measured(
     """The bars come as a table, those of fields without lenses too."""
     model = tmp_path / "model.safetensors"
     make_test_model().write(model)
-    options = ["--noise", "shallow", 1.1, "--blank", repository, "blank", "--threads", 1]
+    options = ["--noise", "shallow", 1.1, "--blank", repository, "blank", "--robustness", 10]
     out = run_benchmark(
         monkeypatch, capsys, "lens_bars", model, "--examples", "deep", repository, "examples", *options
     )
-    for title in ("TPR of RingFinder", "made on the same sky", "linear probe", "blank fields", "shallow"):
+    for title in (
+        "TPR of RingFinder",
+        "made on the same sky",
+        "linear probe",
+        "blank fields",
+        "shallow",
+        "bad stripe",
+    ):
         assert title in out
 
 
@@ -653,5 +660,6 @@ def test_recipes_are_compared(
     )
     rows = json.loads(path.read_text())
     assert {row["recipe"].removesuffix(" 1") for row in rows} == {"robust", "no masks"}
-    assert {"all", "noise x 3.16", "bad stripe"} & {row["change"] for row in rows}
-    assert all(0 <= row["auroc"] <= 1 for row in rows)
+    changes = {row["change"] for row in rows}
+    assert {"all", "noise x 3.16", "no g band"} <= changes
+    assert any(change.startswith("bad stripe") for change in changes)

@@ -113,7 +113,7 @@ class CoaddConnections(PipelineTaskConnections, dimensions=PATCH_DIMENSIONS):
             if isinstance(prerequisite, cT.PrerequisiteInput) and len(found) < prerequisite.minimum:
                 raise FileNotFoundError(
                     f"There is no {prerequisite.name} in the input collections.  Name the run that has one "
-                    "with -i; 'butler ingest-deeplearn-model' puts a model package into a run."
+                    "with -i; a model package is put into one by 'butler ingest-deeplearn-model'."
                 )
         connection, refs = inputs["coadds"]
         wanted = self.config.wanted_bands

@@ -124,7 +124,7 @@ class _Field:
     """Images of the PSFs, float32, shape ``(B, K, K)``."""
 
     transfer: np.ndarray
-    """Their Fourier transforms; see `.scene.compute_transfer`."""
+    """Their Fourier transforms; see `.scene_drawing.compute_transfer`."""
 
     noise: np.ndarray
     """Noise of a pixel in nJy, float32, shape ``(B,)``."""

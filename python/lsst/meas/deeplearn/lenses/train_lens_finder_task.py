@@ -497,7 +497,9 @@ class TrainLensFinderTask(PipelineTask):
 
         weight = np.ones(len(data), dtype=np.float32)
         for kind, value in self.config.kindWeights.items():
-            weight[data.kind == kind] = value
+            if not (chosen := data.kind == kind).any():
+                self.log.warning("No example is of the kind %s, for which there is a weight.", kind)
+            weight[chosen] = value
         batches = {
             split: {
                 "image": torch.from_numpy(data.image[data.split == split]),
