@@ -211,6 +211,27 @@ def test_another_sky() -> None:
     assert np.std(blocks) == pytest.approx(settings.sky_noise, rel=0.12)
 
 
+def test_brighter_galaxies_like_lenses() -> None:
+    """Galaxies like lenses may be brighter and larger, and have disks; others
+    stay as they are.
+    """
+    sky = scene.Sky(massive_density=50.0)
+    varied = dataclasses.replace(sky, massive_brightening=2.5, massive_disk_fraction=1.0)
+    one, two = (
+        make_scene(_make_sky_map(), ("i",), sky=item, seed=1, n_lenses=0).galaxies for item in (sky, varied)
+    )
+    brighter = one.magnitude - two.magnitude
+    massive = brighter > 0
+    assert 30 < massive.sum() < len(one) / 2
+    assert 2.0 < brighter.max() < 2.5
+    larger = two.half_light_radius[massive, 0] / one.half_light_radius[massive, 0]
+    np.testing.assert_allclose(larger, 10 ** (0.16 * brighter[massive]))
+    assert (two.fraction[massive, 1] > 0.1).all()
+    assert (one.fraction[massive, 1] == 0).all()
+    np.testing.assert_allclose(two.fraction.sum(axis=1), 1)
+    np.testing.assert_array_equal(one.fraction[~massive], two.fraction[~massive])
+
+
 def test_one_visit() -> None:
     """A single visit is as much shallower as its exposure is shorter."""
     visit = scene.SURVEY["r"].with_visits(1)

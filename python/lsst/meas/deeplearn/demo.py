@@ -492,7 +492,14 @@ def _sample_massive_galaxies(rng: np.random.Generator, scene: Scene) -> Galaxies
     population = sample_lens_population(2 * n, seed=int(rng.integers(2**31)), bands=("i",))
     population = population[np.argsort(population["lens_redshift"] < MIN_LENS_REDSHIFT, kind="stable")[:n]]
     x, y = rng.uniform(0, width - 1, n), rng.uniform(0, height - 1, n)
-    return _make_hosts(rng, population, x, y)
+    galaxies = _make_hosts(rng, population, x, y)
+    brighter = scene.sky.massive_brightening * rng.random(n)
+    galaxies.magnitude -= brighter
+    # With luminosity to the power of 0.4, as compute_half_light_radius has it.
+    galaxies.half_light_radius *= 10 ** (0.16 * brighter[:, None])
+    disk = np.where(rng.random(n) < scene.sky.massive_disk_fraction, rng.uniform(0.1, 0.5, n), 0.0)
+    galaxies.fraction[:] = np.stack([1 - disk, disk, np.zeros(n)], axis=1)
+    return galaxies
 
 
 def _make_hosts(rng: np.random.Generator, population: Table, x: np.ndarray, y: np.ndarray) -> Galaxies:

@@ -162,6 +162,14 @@ class Sky:
     without them brightness and colour alone would tell the lenses.
     """
 
+    massive_brightening: float = 0.0
+    """AB magnitudes by which these are brighter at most, uniform; they are as
+    much larger as brighter galaxies are.
+    """
+
+    massive_disk_fraction: float = 0.0
+    """Fraction of these that have a disk, with up to half of the light."""
+
     @classmethod
     def sample(cls, seed: int) -> Sky:
         """Draw a sky unlike others.
