@@ -681,39 +681,50 @@ class EvaluateLensFinderTask(PipelineTask):
         groups = {finder.name: [finder] for finder in finders}
         if len(finders) > 1:
             groups[ENSEMBLE] = finders
-        # Splits may differ in their share of lenses.
-        prevalence = labels[test].mean()
         probabilities: dict[str, dict[str, np.ndarray]] = {}
         n1, n0 = int(labels[test].sum()), int((~labels[test]).sum())
+        titles = {"_raw": "score", "": "calibrated", "_of_package": "calibrated by the package"}
         for name, members in groups.items():
-            logits = np.array([rows[finder.name] for finder in members])
-            made = {"_raw": expit(logits[:, test].mean(axis=0))}
-            if all(fitted[finder.name] for finder in members):
-                p = np.full(len(rows), np.nan)
-                for learn, apply in folds:
-                    own = [self._fit_calibration(rows, finder, learn) for finder in members]
-                    p[apply] = combine_logits(logits[:, apply], own, prevalence=prevalence).probability
-                if np.isfinite(p[test]).all():
-                    made[""] = p[test]
-            carried = [find_calibration(finder.model) for finder in members]
-            if all(carried):
-                combined = combine_logits(logits[:, test], carried, prevalence=prevalence)
-                made["_of_package"] = combined.probability
+            made = self._compute_probabilities(rows, members, folds, test)
             for suffix, p in made.items():
-                for metric, compute in (
-                    ("ece", compute_calibration_error),
-                    ("brier", compute_brier_score),
-                    ("log_loss", compute_log_loss),
+                noise = compute_calibration_noise(p)
+                perfect = f"Perfect probabilities have {noise:.3f} with as many examples."
+                for metric, value, note in (
+                    ("ece", compute_calibration_error(p, labels[test]), perfect),
+                    ("brier", compute_brier_score(p, labels[test]), ""),
+                    ("log_loss", compute_log_loss(p, labels[test]), ""),
                 ):
-                    note = ""
-                    if metric == "ece":
-                        noise = compute_calibration_noise(p)
-                        note = f"Perfect probabilities have {noise:.3f} with as many examples."
-                    value = compute(p, labels[test])
                     results.add(name, "all", f"{metric}{suffix}", value, n1, n0, note=note)
-            titles = {"_raw": "score", "": "calibrated", "_of_package": "calibrated by the package"}
             probabilities[name] = {titles[suffix]: p for suffix, p in made.items()}
         return {name: own.to_dict() for name, own in fitted.items() if own is not None}, probabilities
+
+    def _compute_probabilities(
+        self,
+        rows: Table,
+        members: list[LensNetwork],
+        folds: list[tuple[np.ndarray, np.ndarray]],
+        test: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        """Return probabilities of the test examples: as they come out of the
+        networks, and, where there are any, by calibrations that are fitted to
+        the first part of each fold for its second, and by those of the
+        packages.
+        """
+        logits = np.array([rows[finder.name] for finder in members])
+        # Splits may differ in their share of lenses.
+        prevalence = np.asarray(rows["label"])[test].mean()
+        made = {"_raw": expit(logits[:, test].mean(axis=0))}
+        fitted = np.full(len(rows), np.nan)
+        for learn, apply in folds:
+            own = [self._fit_calibration(rows, finder, learn) for finder in members]
+            if all(own):
+                fitted[apply] = combine_logits(logits[:, apply], own, prevalence=prevalence).probability
+        if np.isfinite(fitted[test]).all():
+            made[""] = fitted[test]
+        carried = [find_calibration(finder.model) for finder in members]
+        if all(carried):
+            made["_of_package"] = combine_logits(logits[:, test], carried, prevalence=prevalence).probability
+        return made
 
     def _fit_calibration(
         self, rows: Table, finder: LensNetwork, chosen: np.ndarray
