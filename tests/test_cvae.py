@@ -245,6 +245,30 @@ def test_texture_waits() -> None:
     assert int(network.steps) == 4
 
 
+def test_corrections_of_new_galaxies() -> None:
+    """New galaxies are larger and flatter, and textures differ more, by what
+    the settings say, and not at all by default.
+    """
+    plain = make_network()
+    corrections = {"radius_factor": 1.1, "radius_exponent": 0.5, "axis_ratio_exponent": 1.2}
+    other = make_network(**corrections, texture_scale=2.0, texture_scatter=0.3)
+    seen: dict[Cvae, Envelope] = {}
+    for network in (plain, other):
+        draw = network._draw_envelope
+        network._draw_envelope = lambda envelope, n=network, d=draw: seen.update({n: envelope}) or d(envelope)
+        network.sample(scale(0.2), draw_noises(network, 1))
+    factor = 1.1 * (0.2 / 10**-0.5) ** 0.5
+    for name in ("disk_radius", "bulge_radius", "x", "y"):
+        torch.testing.assert_close(getattr(seen[other], name), factor * getattr(seen[plain], name))
+    for name in ("disk_axis_ratio", "bulge_axis_ratio"):
+        torch.testing.assert_close(getattr(seen[other], name), getattr(seen[plain], name) ** 1.2)
+    noise = torch.randn(2000, 2, 8, 8, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(plain._stretch(noise), noise)
+    stretch = torch.log((other._stretch(noise) / noise)[:, 0, 0, 0])
+    assert float(stretch.mean()) == pytest.approx(math.log(2), abs=0.03)
+    assert float(stretch.std()) == pytest.approx(0.3, abs=0.02)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"size": 15}, {"in_bands": 3}, {"latents": 1}, {"texture_size": 30}, {"output_fwhm": 0.05}]
 )

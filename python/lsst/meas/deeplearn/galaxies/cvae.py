@@ -177,6 +177,14 @@ class Cvae(nn.Module):
     texture_scale
         Standard deviation of the normal deviates from which the texture of
         new galaxies is drawn; 1 is the prior.
+    texture_scatter
+        Scatter of the logarithm of that deviation from galaxy to galaxy.
+    radius_factor, radius_exponent
+        New galaxies are made for a half-light radius that is larger than the
+        one asked for by this factor, times the ratio of the latter to that of
+        a typical galaxy to this exponent.
+    axis_ratio_exponent
+        Exponent of the axis ratios of new galaxies.
     texture_start
         Number of training steps before there is any texture, so that bulge
         and disk do what they can.
@@ -208,6 +216,10 @@ class Cvae(nn.Module):
         texture_size: int = 64,
         texture_latents: int = 2,
         texture_scale: float = 1.0,
+        texture_scatter: float = 0.0,
+        radius_factor: float = 1.0,
+        radius_exponent: float = 0.0,
+        axis_ratio_exponent: float = 1.0,
         texture_start: int = 1000,
         flow_layers: int = 8,
         texture_layers: int = 0,
@@ -235,8 +247,10 @@ class Cvae(nn.Module):
         self.steps: Tensor
         self.condition_space = ConditionSpace.from_settings(conditions)
         self.size, self.pixel_scale, self.output_fwhm = size, pixel_scale, output_fwhm
-        self.latents, self.texture_scale = latents, texture_scale
-        self.texture_start = texture_start
+        self.latents, self.texture_start = latents, texture_start
+        self.texture_scale, self.texture_scatter = texture_scale, texture_scatter
+        self.radius_factor, self.radius_exponent = radius_factor, radius_exponent
+        self.axis_ratio_exponent = axis_ratio_exponent
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.texture_shape = (texture_latents, texture_size // CELL, texture_size // CELL)
         context = latents + N_CONDITIONS
@@ -354,19 +368,15 @@ class Cvae(nn.Module):
         envelope = self._make_envelope(context, self._compute_radius(conditions))
         return self._encode_texture(image, psf, noise, context, envelope, self._draw_envelope(envelope))
 
-    def decode(
-        self, shape: Tensor, texture: Tensor, conditions: Tensor, orientation: Tensor | None = None
-    ) -> Tensor:
-        """Return the transforms of galaxies before the PSF.
+    def sample(self, conditions: Tensor, latent_noise: Tensor, orientation: Tensor | None = None) -> Tensor:
+        """Decode latent variables drawn from p(z|y).
 
         Parameters
         ----------
-        shape
-            Latent variables of the shape, shape ``(N, Z)``.
-        texture
-            Those of the texture, shape ``(N, *texture_shape)``.
         conditions
             Scaled conditions, shape ``(N, 3)``.
+        latent_noise
+            Normal deviates, shape ``(N, n_latents)``.
         orientation
             Angle in radians by which to turn galaxies counter-clockwise,
             after mirroring them about the x axis if it is negative, shape
@@ -375,11 +385,18 @@ class Cvae(nn.Module):
         Returns
         -------
         transform
-            As of `fourier.compute_transform`, for a flux of 1, shape
-            ``(N, S, S / 2 + 1)``.
+            As of `fourier.compute_transform`, for a flux of 1, before the
+            PSF, shape ``(N, S, S / 2 + 1)``.
         """
+        shape_noise, texture_noise = self._split(latent_noise)
+        shape = self.prior.sample(shape_noise, conditions)
         context = torch.cat([shape, conditions], dim=1)
-        envelope = self._make_envelope(context, self._compute_radius(conditions))
+        envelope = self._make_envelope(context, self._correct_radius(self._compute_radius(conditions)))
+        envelope = envelope._replace(
+            disk_axis_ratio=envelope.disk_axis_ratio**self.axis_ratio_exponent,
+            bulge_axis_ratio=envelope.bulge_axis_ratio**self.axis_ratio_exponent,
+        )
+        texture = self.texture_prior.sample(self._stretch(texture_noise), context)
         factor = self.texture(texture, context)
         if orientation is not None:
             sign = torch.where(orientation < 0, -1.0, 1.0)
@@ -391,29 +408,6 @@ class Cvae(nn.Module):
             factor = torch.where((sign < 0)[:, None, None, None], factor.flip(-2), factor)
         return self._add_texture(envelope, self._draw_envelope(envelope), factor)
 
-    def sample(self, conditions: Tensor, latent_noise: Tensor, orientation: Tensor | None = None) -> Tensor:
-        """Decode latent variables drawn from p(z|y).
-
-        Parameters
-        ----------
-        conditions
-            Scaled conditions, shape ``(N, 3)``.
-        latent_noise
-            Normal deviates, shape ``(N, n_latents)``.
-        orientation
-            As for `decode`.
-
-        Returns
-        -------
-        transform
-            As from `decode`.
-        """
-        shape_noise, texture_noise = self._split(latent_noise)
-        shape = self.prior.sample(shape_noise, conditions)
-        context = torch.cat([shape, conditions], dim=1)
-        texture = self.texture_prior.sample(self.texture_scale * texture_noise, context)
-        return self.decode(shape, texture, conditions, orientation)
-
     def smooth(self, transform: Tensor) -> Tensor:
         """Convolve with the Gaussian of ``output_fwhm``.
 
@@ -423,7 +417,7 @@ class Cvae(nn.Module):
         Parameters
         ----------
         transform
-            What `decode` returns, shape ``(N, S, S / 2 + 1)``.
+            What `sample` returns, shape ``(N, S, S / 2 + 1)``.
 
         Returns
         -------
@@ -442,6 +436,21 @@ class Cvae(nn.Module):
         """Return the half-light radius in arcsec of scaled conditions."""
         space = self.condition_space
         return 10 ** (conditions[:, 0].float() * space.scale[0] + space.mean[0])
+
+    def _correct_radius(self, radius: Tensor) -> Tensor:
+        """Return radii of which galaxies come out as large as asked for."""
+        ratio = radius / 10 ** self.condition_space.mean[0]
+        return radius * self.radius_factor * ratio**self.radius_exponent
+
+    def _stretch(self, noise: Tensor) -> Tensor:
+        """Give normal deviates, ``(N, C, y, x)``, the scatter of a texture.
+
+        How long a vector of them is says nothing about its direction, so that
+        their own length can tell by how much to stretch them.
+        """
+        n = noise[0].numel()
+        excess = math.sqrt(n / 2) * ((noise**2).mean(dim=(1, 2, 3), keepdim=True) - 1)  # normal
+        return self.texture_scale * torch.exp(self.texture_scatter * excess) * noise
 
     def _make_envelope(self, context: Tensor, radius: Tensor) -> Envelope:
         """Turn what the network says into bulges and disks."""
@@ -769,7 +778,7 @@ def invert_transform(transform: Tensor, psf: Tensor) -> Tensor:
     Parameters
     ----------
     transform
-        What `Cvae.decode` returns, shape ``(N, S, S / 2 + 1)``.
+        What `Cvae.sample` returns, shape ``(N, S, S / 2 + 1)``.
     psf
         Transforms of PSFs, which broadcast to that shape.
 
