@@ -497,6 +497,18 @@ def test_nan_pixels_are_refused(examples: Table) -> None:
         TrainLensFinderTask(config=make_training_config()).run([spoilt])
 
 
+def test_brightest_pixels_fit_half_precision(examples: Table) -> None:
+    """Pixels above what float16 holds are clipped, and no others change."""
+    table = examples.copy()
+    table["image"][0, 0, 20, 20] = 1e9
+    settings = TrainLensFinderTask(config=make_training_config())._make_model_settings()
+    before = TrainingSet.from_table(examples, settings, margin=0).image
+    image = TrainingSet.from_table(table, settings, margin=0).image
+    assert image.dtype == np.float16
+    assert (image == np.finfo(np.float16).max).sum() == 1
+    assert (image != before).sum() == 1
+
+
 def test_no_examples_are_refused(examples: Table) -> None:
     """An empty training set is refused."""
     with pytest.raises(TrainingSetError, match="empty"):

@@ -478,7 +478,7 @@ class TrainLensFinderTask(PipelineTask):
         )
 
         def augment(batch: Batch, generator: torch.Generator | None) -> Batch:
-            images, noise = change(batch["image"], generator)
+            images, noise = change(batch["image"].float(), generator)
             scaled = torch.from_numpy(stretch(images.numpy(), settings.preprocessing))
             # Unknown signal to noise is NaN, for non-lenses too.
             weight = batch["weight"] * ~(batch["arc_snr"] < config.minArcSnr * noise)
