@@ -373,7 +373,7 @@ class TrainLensFinderTask(PipelineTask):
         settings = self._make_model_settings()
         initial = self._read_initial_model(settings)
         data = TrainingSet.from_tables(examples, settings, self.config.augmentation.maxShift)
-        if (n := int((data.split == "train").sum())) < self.config.batchSize:
+        if (n := len(data.select("train"))) < self.config.batchSize:
             raise TrainingSetError(
                 f"{n} training examples do not fill a batch of {self.config.batchSize}.  Add patches, or "
                 "lower batchSize."
@@ -495,19 +495,17 @@ class TrainLensFinderTask(PipelineTask):
             loss = binary_cross_entropy_with_logits(logits, labels)
             return {"loss": float(loss), "auroc": compute_auroc(logits.numpy(), labels.numpy())[0]}
 
-        weight = np.ones(len(data), dtype=np.float32)
-        for kind, value in self.config.kindWeights.items():
-            if not (chosen := data.kind == kind).any():
-                self.log.warning("No example is of the kind %s, for which there is a weight.", kind)
-            weight[chosen] = value
+        for kind in sorted(set(self.config.kindWeights) - set(data.kind.tolist())):
+            self.log.warning("No example is of the kind %s, for which there is a weight.", kind)
         batches = {
             split: {
-                "image": torch.from_numpy(data.image[data.split == split]),
-                "weight": torch.from_numpy(weight[data.split == split]),
-                "label": torch.from_numpy(data.label[data.split == split].astype(np.float32)),
-                "arc_snr": torch.from_numpy(data.arc_snr[data.split == split].astype(np.float32)),
+                "image": torch.from_numpy(part.image),
+                "weight": torch.from_numpy(self._weigh(part)),
+                "label": torch.from_numpy(part.label.astype(np.float32)),
+                "arc_snr": torch.from_numpy(part.arc_snr.astype(np.float32)),
             }
             for split in ("train", "validation")
+            for part in [data.select(split)]
         }
         return train(
             initial.make_network if initial else lambda: make_network(self.config.architecture, settings),
@@ -521,6 +519,13 @@ class TrainLensFinderTask(PipelineTask):
             accelerator=self.config.accelerator,
             devices=self.config.devices,
         )
+
+    def _weigh(self, examples: TrainingSet) -> np.ndarray:
+        """Return the weight of each example in the loss, float32."""
+        weight = np.ones(len(examples), dtype=np.float32)
+        for kind, value in self.config.kindWeights.items():
+            weight[examples.kind == kind] = value
+        return weight
 
     def _make_training_settings(self) -> dict[str, Any]:
         config = self.config

@@ -84,10 +84,20 @@ class TrainingSet:
     def __len__(self) -> int:
         return len(self.label)
 
-    def __getitem__(self, index: np.ndarray) -> TrainingSet:
+    def __getitem__(self, index: np.ndarray | slice) -> TrainingSet:
         """Return some of the examples."""
         names = [field.name for field in dataclasses.fields(self)]
         return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in names})
+
+    def select(self, split: str) -> TrainingSet:
+        """Return the examples of a split, without copying their pixels.
+
+        Parameters
+        ----------
+        split
+            One of `SPLITS`; examples must be in the order of `from_tables`.
+        """
+        return self[np.searchsorted(self.split, split) : np.searchsorted(self.split, split, side="right")]
 
     @classmethod
     def concatenate(cls, parts: list[TrainingSet]) -> TrainingSet:
@@ -103,7 +113,7 @@ class TrainingSet:
 
     @classmethod
     def from_tables(cls, tables: Iterable[Table], settings: ModelSettings, margin: int) -> TrainingSet:
-        """Make from all tables of `SimulateLensesTask`.
+        """Make from all tables of `SimulateLensesTask`, ordered by split.
 
         Without examples for the calibration, half of the galaxies of the
         validation are for that.
@@ -127,12 +137,14 @@ class TrainingSet:
         if not parts:
             raise TrainingSetError("The training set is empty.")
         data = cls.concatenate(parts)
+        del parts
         if not (data.split == "calibration").any():
             hosts = np.unique(data.host_id[data.split == "validation"])
             moved = (data.split == "validation") & np.isin(data.host_id, hosts[::2])
             data = dataclasses.replace(data, split=np.where(moved, "calibration", data.split))
+        data = data[np.argsort(data.split, kind="stable")]
         for split in SPLITS:
-            labels = data.label[data.split == split]
+            labels = data.select(split).label
             if split != "calibration" and (labels.all() or not labels.any()):
                 raise TrainingSetError(
                     f"The {split} examples are {labels.sum()} lenses and {(~labels).sum()} non-lenses; both "
