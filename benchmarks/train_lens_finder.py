@@ -40,8 +40,9 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from lsst.meas.deeplearn.image_augmentation import ImageAugmentation
 from lsst.meas.deeplearn.lenses.deeplens import DeepLens
-from lsst.meas.deeplearn.training import Batch, ImageAugmentation, TrainingSettings, train
+from lsst.meas.deeplearn.training import Batch, TrainingSettings, train
 
 SIZE, MARGIN, BANDS = 45, 5, 3
 

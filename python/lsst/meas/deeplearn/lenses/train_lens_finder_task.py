@@ -460,7 +460,8 @@ class TrainLensFinderTask(PipelineTask):
         import torch
         from torch.nn.functional import binary_cross_entropy_with_logits
 
-        from ..training import Batch, ImageAugmentation, TrainingSettings, predict, train
+        from ..image_augmentation import ImageAugmentation
+        from ..training import Batch, TrainingSettings, predict, train
 
         config = self.config.augmentation
         change = ImageAugmentation(
