@@ -53,6 +53,7 @@ from lsst.meas.deeplearn.lenses.evaluate_lens_finder_task import (
     REAL,
     EvaluateLensFinderConfig,
     EvaluateLensFinderTask,
+    list_models,
 )
 from lsst.meas.deeplearn.metrics import Fraction
 from lsst.meas.deeplearn.model_package import ModelPackage
@@ -180,8 +181,8 @@ def measure_blank(bars: Bars, models: list[ModelPackage], args: argparse.Namespa
     name, *examples = args.examples[0]
     for repository, collection in args.blank:
         tables = list(read_tables(repository, collection, "lens_candidates"))
-        used = {name for table in tables if len(table) for name in str(table["model_name"][0]).split(",")}
-        chosen = [model for model in models if model.name in used]
+        used = {model for table in tables if len(table) for model in list_models(table)}
+        chosen = [model for model in models if f"{model.name} {model.version}" in used]
         task = make_task(ring_finder=False, probe=False)
         result = task.run(
             read_examples(examples[0], examples[1], args.limit), chosen, blank=tables, num_cores=args.threads

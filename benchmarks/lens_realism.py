@@ -48,6 +48,7 @@ from astropy.table import Table
 from lsst.daf.butler import Butler
 from lsst.meas.deeplearn.coadds import MultibandCoadd
 from lsst.meas.deeplearn.cutouts import CutoutExtractor, Cutouts
+from lsst.meas.deeplearn.lenses.lens_network import LensNetwork
 from lsst.meas.deeplearn.lenses.lens_population import assign_source_images, sample_lens_population
 from lsst.meas.deeplearn.lenses.logistic_regression import compute_probe_auroc
 from lsst.meas.deeplearn.lenses.simulate_lenses_task import SimulateLensesConfig
@@ -104,22 +105,10 @@ def make_sets(lenses: Table, images: SourceImages, seed: int) -> dict[str, tuple
     return sets
 
 
-def compute_features(network: torch.nn.Module, inputs: np.ndarray, batch_size: int = 64) -> np.ndarray:
-    """Return what the last dense layer sees, shape ``(N, F)``."""
-    seen: list[np.ndarray] = []
-    last = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
-    hook = last.register_forward_pre_hook(lambda _, args: seen.append(args[0].numpy().copy()))
-    with torch.no_grad():
-        for batch in torch.from_numpy(inputs).split(batch_size):
-            network(batch)
-    hook.remove()
-    return np.concatenate(seen)
-
-
 def main() -> None:
     """Simulate all sets, compute features, print the table of the probe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("repo", help="butler repository with the coadds of make-deeplearn-demo")
+    parser.add_argument("repo", help="butler repository with the coadds of make-lens-demo")
     parser.add_argument("cosmos", help="GalSim real-galaxy catalogue")
     parser.add_argument("--collection", default="demo/coadds", help="collection of the coadds")
     parser.add_argument("--patches", type=int, nargs="+", default=[0, 1], help="patches")
@@ -138,7 +127,7 @@ def main() -> None:
 
     with ResourcePath(args.model).as_local() as local:
         model = ModelPackage.read(local.ospath)
-    network = model.make_network().eval()
+    network = LensNetwork.from_package(model)
     hosts, gain = read_hosts(args.repo, args.collection, args.patches, model.settings.stamp_size)
     rng = np.random.default_rng(args.seed)
     chosen = rng.integers(len(hosts), size=args.n)
@@ -153,7 +142,7 @@ def main() -> None:
         painted[name] = stamps
         bright &= np.asarray(truth["arc_snr"]) >= args.min_snr
     features = {
-        name: compute_features(network, model.settings.preprocessing.apply(stamps[bright]))
+        name: network.compute_features(stamps[bright], num_threads=torch.get_num_threads())
         for name, stamps in (*painted.items(), ("no arcs", hosts[chosen]))
     }
     groups = np.tile(chosen[bright], 2)

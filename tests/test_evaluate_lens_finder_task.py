@@ -384,16 +384,50 @@ def test_calibration_of_the_package() -> None:
     assert get_value(metrics, "test 1", "ece_of_package") == pytest.approx(expected, abs=1e-6)
 
 
-def make_candidates(n: int, score: float, models: str = "test") -> Table:
+def make_candidates(n: int, score: float, models: str = "test", versions: str = "1") -> Table:
     """Make a table as of LensFinderTask, of which the first is outside."""
     return Table(
         {
             "score": np.full(n, score, dtype=np.float32),
             "model_name": np.full(n, models),
+            "model_version": np.full(n, versions),
             "patch_inner": np.arange(n) > 0,
             "flag_not_scored": np.arange(n) == 1,
         }
     )
+
+
+def test_galaxies_in_two_splits_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """Galaxies in the test and elsewhere are told of, but not equal IDs of
+    other galaxies.
+    """
+    table, other = make_examples(), make_examples()
+    for examples in (table, other):
+        examples["host_id"] = np.arange(len(examples))
+        examples["ra"] = 150.0 + 0.001 * np.arange(len(examples))
+    other["split"] = np.where(other["split"] == "test", "train", "test")
+    shared = other.copy()
+    other["ra"] += 10.0
+    for tables, expected in (([table], 0), ([table, other], 0), ([table, shared], len(table))):
+        config = make_config(maxRobustness=0, doProbe=False, doRingFinder=False, doColors=False)
+        task = EvaluateLensFinderTask(config=config)
+        task.run(tables, [make_test_model()])
+        assert task.metadata["n_shared_hosts"] == expected
+        assert ("in other splits too" in caplog.text) == (expected > 0)
+
+
+def test_calibration_without_examples_for_it() -> None:
+    """Without a calibration split each half of the test calibrates the other,
+    and the validation examples stay out of it.
+    """
+    table = make_examples(240)
+    table["split"] = np.where(table["split"] == "calibration", "validation", table["split"])
+    task = EvaluateLensFinderTask(config=make_config(maxRobustness=0, doProbe=False, doRingFinder=False))
+    metrics = task.run([table], [make_test_model()]).metrics
+    table["label"] ^= table["split"] == "validation"
+    table["einstein_radius"] = table["arc_snr"] = np.where(table["label"], 30.0, np.nan).astype(np.float32)
+    again = task.run([table], [make_test_model()]).metrics
+    assert get_value(again, "test 1", "ece") == get_value(metrics, "test 1", "ece")
 
 
 def test_blank_fields() -> None:
@@ -410,8 +444,12 @@ def test_blank_fields() -> None:
     assert get_value(metrics, "test 1", "tpr_at_fpr_0.01", "blank fields") == 0
     clear = "blank fields, einstein_radius > 1.4, arc_snr > 20"
     assert get_value(metrics, "test 1", "auroc", clear) == pytest.approx(1 / 3)
-    with pytest.raises(EvaluationError, match=r"scored with models \['other'\], not with \['test'\]"):
+    with pytest.raises(EvaluationError, match=r"scored with models \['other 1'\], not with \['test 1'\]"):
         task.run([make_examples()], [make_test_model()], blank=[make_candidates(3, 0.5, "other")])
+    with pytest.raises(EvaluationError, match=r"scored with models \['test 2'\], not with \['test 1'\]"):
+        task.run([make_examples()], [make_test_model()], blank=[make_candidates(3, 0.5, versions="2")])
+    with pytest.raises(EvaluationError, match=r"scored with models \[\], not with \['test 1'\]"):
+        task.run([make_examples()], [make_test_model()], blank=[make_candidates(3, 0.5, "", "")])
 
 
 def test_examples_that_do_not_fit() -> None:

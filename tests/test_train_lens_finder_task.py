@@ -35,6 +35,7 @@ import pytest
 from astropy.table import Table, vstack
 
 from lsst.daf.butler import Butler, DatasetType
+from lsst.meas.deeplearn import training
 from lsst.meas.deeplearn.coadds import MultibandCoadd
 from lsst.meas.deeplearn.cutouts import Cutouts
 from lsst.meas.deeplearn.detection import detect_objects
@@ -98,6 +99,10 @@ def make_simulation_config(**values: Any) -> SimulateLensesConfig:
         "any": NonLensConfig(fraction=0.2, selection=["i_psfFlux > 0"]),
     }
     return config
+
+
+class KilledError(Exception):
+    """Raised where a process would be killed."""
 
 
 def make_training_config(**values: Any) -> TrainLensFinderConfig:
@@ -281,12 +286,25 @@ def test_weights_are_stored_in_half_precision(model: ModelPackage) -> None:
     assert model.make_network()
 
 
-def test_killed_training_goes_on(examples: Table, model: ModelPackage, tmp_path: Path) -> None:
+def test_killed_training_goes_on(
+    examples: Table, model: ModelPackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A checkpoint is kept, and a rerun from it gives the same weights."""
     config = make_training_config(checkpoint=str(tmp_path / "state.pt"))
-    assert TrainLensFinderTask(config=config).run([examples]).model.digest == model.digest
+    write = training._State.write
+
+    def write_and_die(state: training._State, path: Path) -> None:
+        write(state, path)
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._State, "write", write_and_die)
+        with pytest.raises(KilledError):
+            TrainLensFinderTask(config=config).run([examples])
     assert (tmp_path / "state.pt").exists()
-    assert TrainLensFinderTask(config=config).run([examples]).model.digest == model.digest
+    resumed = TrainLensFinderTask(config=config).run([examples]).model
+    assert len(resumed.record["history"]) == config.epochs > 1
+    assert resumed.digest == model.digest
 
 
 def test_fine_tuning_starts_from_a_model(model: ModelPackage, examples: Table, tmp_path: Path) -> None:
@@ -330,8 +348,28 @@ def test_checkpoint_knows_where_it_started(model: ModelPackage, examples: Table,
     TrainLensFinderTask(config=make_training_config(checkpoint=checkpoint)).run([examples])
     model.write(tmp_path / "model.safetensors")
     config = make_training_config(checkpoint=checkpoint, initialModel=str(tmp_path / "model.safetensors"))
-    with pytest.raises(ValueError, match="first weights"):
+    with pytest.raises(TrainingSetError, match="first weights"):
         TrainLensFinderTask(config=config).run([examples])
+
+
+@pytest.mark.parametrize(
+    "values", [{"augmentation.maxNoise": 2.0}, {"kindWeights": {"host": 2.0}}, {"softening": 3.0}]
+)
+def test_checkpoint_knows_its_recipe(examples: Table, tmp_path: Path, values: dict[str, Any]) -> None:
+    """A training with another recipe does not go on from a checkpoint."""
+    checkpoint = str(tmp_path / "state.pt")
+    TrainLensFinderTask(config=make_training_config(checkpoint=checkpoint)).run([examples])
+    config = make_training_config(checkpoint=checkpoint, **values)
+    with pytest.raises(TrainingSetError, match="remove it to start afresh"):
+        TrainLensFinderTask(config=config).run([examples])
+
+
+def test_checkpoint_knows_its_examples(examples: Table, tmp_path: Path) -> None:
+    """A training with as many other examples does not go on either."""
+    config = make_training_config(checkpoint=str(tmp_path / "state.pt"))
+    TrainLensFinderTask(config=config).run([examples])
+    with pytest.raises(TrainingSetError, match="remove it to start afresh"):
+        TrainLensFinderTask(config=config).run([examples[::-1]])
 
 
 @pytest.mark.parametrize(
@@ -356,7 +394,6 @@ def test_shuffled_labels_teach_nothing(examples: Table) -> None:
     """Labels without meaning give an AUROC of one half, within its error."""
     rng = np.random.default_rng(8)
     shuffled = vstack([examples] * 3)
-    # By galaxy, so that the copies do not tell of each other.
     shuffled["label"] = rng.permutation(np.asarray(shuffled["label"]))
     shuffled["kind"] = np.where(shuffled["label"], "lens", "host")
     shuffled["split"] = rng.choice(["train", "validation", "test"], len(shuffled))
@@ -441,6 +478,20 @@ def test_kinds_have_weights(examples: Table) -> None:
     assert model.record["recipe"]["kind_weights"] == {"lens": 1e-6}
     with pytest.raises(FieldValidationError):
         make_training_config(kindWeights={"host": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"members": 3, "epochs": 3}, "need more than 3 epochs"),
+        ({"augmentation.minZoom": 2.0}, "minZoom is larger"),
+        ({"stampSize": 20}, "odd"),
+    ],
+)
+def test_impossible_training_is_refused(values: dict[str, Any], message: str) -> None:
+    """A configuration that cannot work is refused before anything runs."""
+    with pytest.raises(FieldValidationError, match=message):
+        make_training_config(**values).validate()
 
 
 def test_small_batch_is_refused(examples: Table) -> None:

@@ -196,6 +196,7 @@ def test_too_few_examples_are_refused() -> None:
         {"learning_rate": 0.0},
         {"schedule": "linear"},
         {"epochs": 2, "cycles": 3},
+        {"epochs": 3, "cycles": 3},
     ],
 )
 def test_impossible_settings_are_refused(kwargs: dict[str, object]) -> None:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 __all__ = (
     "Batch",
+    "CheckpointError",
     "Snapshot",
     "TrainingResult",
     "TrainingSettings",
@@ -120,8 +121,10 @@ class TrainingSettings:
                 f"Training needs at least one epoch, batches of two and a positive learning rate, not "
                 f"{self.epochs}, {self.batch_size} and {self.learning_rate}."
             )
-        if not 1 <= self.cycles <= self.epochs:
-            raise ValueError(f"{self.epochs} epochs cannot have {self.cycles} cycles.")
+        if self.cycles < 1 or 1 < self.cycles >= self.epochs:
+            raise ValueError(
+                f"{self.epochs} epochs cannot have {self.cycles} cycles; several need more epochs."
+            )
         if self.schedule not in ("step", "cosine") or self.monitor_mode not in ("min", "max"):
             raise ValueError(f"Unknown schedule {self.schedule!r} or monitor mode {self.monitor_mode!r}.")
 
@@ -169,6 +172,10 @@ class TrainingError(RuntimeError):
     """Raised if the loss is no longer finite."""
 
 
+class CheckpointError(ValueError):
+    """Raised for a checkpoint that is not of this training."""
+
+
 def compute_learning_rate(settings: TrainingSettings, progress: float) -> float:
     """Return the learning rate at a point of the training.
 
@@ -201,6 +208,7 @@ def train(
     evaluate: Callable[[nn.Module, Batch], Mapping[str, float]] | None = None,
     augment: Callable[[Batch, torch.Generator | None], Batch] | None = None,
     checkpoint: Path | None = None,
+    recipe: str = "",
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     accelerator: str = "auto",
     devices: int = 1,
@@ -232,6 +240,9 @@ def train(
         File in which the state is kept after each epoch.  If it exists, the
         training goes on from there, and on a CPU ends with the same weights
         as one that was not interrupted.
+    recipe
+        What else decides what is learnt, such as the settings of ``augment``
+        and ``compute_loss``; a checkpoint knows it.
     on_epoch
         Called after each epoch with its figures.
     accelerator, devices
@@ -245,8 +256,10 @@ def train(
     Raises
     ------
     ValueError
-        Raised if there are fewer examples than a batch has, or if the
-        checkpoint is of other settings, data or first weights.
+        Raised if there are fewer examples than a batch has.
+    CheckpointError
+        Raised if the checkpoint is of other settings, another recipe, other
+        examples, by all that they have but images, or other first weights.
     TrainingError
         Raised if the loss is no longer finite.
 
@@ -273,7 +286,7 @@ def train(
         network = make_network()
         if settings.channels_last and (_has_many_channels(network) or fabric.device.type != "cpu"):
             network = network.to(memory_format=torch.channels_last)
-        state = _State(network, settings, examples=n)
+        state = _State(network, settings, recipe, data)
         module, optimizer = fabric.setup(network, state.optimizer)
         if checkpoint is not None and checkpoint.exists():
             state.read(checkpoint)
@@ -402,11 +415,13 @@ class _State:
         The network.
     settings
         How it is trained.
-    examples
-        Number of examples.
+    recipe
+        What else decides what is learnt.
+    data
+        Training examples.
     """
 
-    def __init__(self, network: nn.Module, settings: TrainingSettings, examples: int) -> None:
+    def __init__(self, network: nn.Module, settings: TrainingSettings, recipe: str, data: Batch) -> None:
         self.network = network
         self.settings = settings
         self.optimizer = torch.optim.AdamW(
@@ -417,7 +432,13 @@ class _State:
         # Best epoch so far of each cycle that has begun, and its weights.
         self.snapshots: list[tuple[int, dict[str, Tensor]]] = []
         self._fingerprint = json.dumps(
-            dataclasses.asdict(settings) | {"examples": examples, "start": _hash_weights(network)},
+            {
+                "settings": dataclasses.asdict(settings),
+                "recipe": recipe,
+                "n_examples": _count(data),
+                "examples": _hash({key: value for key, value in data.items() if value.ndim < 3}),
+                "start": _hash(network.state_dict()),
+            },
             sort_keys=True,
         )
 
@@ -476,7 +497,7 @@ class _State:
         """
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if content["fingerprint"] != self._fingerprint:
-            raise ValueError(
+            raise CheckpointError(
                 f"Checkpoint {path} is of a training with other settings or data or first weights "
                 f"({content['fingerprint']}); remove it to start afresh."
             )
@@ -486,10 +507,10 @@ class _State:
         self.snapshots = content["snapshots"]
 
 
-def _hash_weights(network: nn.Module) -> str:
-    """Return a digest of the weights, those of the start in a checkpoint."""
+def _hash(values: Mapping[str, Tensor]) -> str:
+    """Return a digest of tensors and their names."""
     digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
+    for name, value in values.items():
         digest.update(name.encode())
         digest.update(value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -304,6 +304,7 @@ def train_cvae(
         evaluate=loss.evaluate,
         augment=change,
         checkpoint=checkpoint,
+        recipe=repr((kl_weight, flux_scatter, warm_up, min_noise)),
         accelerator=accelerator,
     )
     best = result.history[result.best_epoch - 1]

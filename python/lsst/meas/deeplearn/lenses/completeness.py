@@ -25,6 +25,8 @@ from __future__ import annotations
 
 __all__ = (
     "CANDIDATE_DENSITY",
+    "CLEAR_ARC_SNR",
+    "CLEAR_EINSTEIN_RADIUS",
     "LENS_DENSITY",
     "CompletenessMap",
     "SkyYield",
@@ -49,6 +51,12 @@ LENS_DENSITY = 2.1
 CANDIDATE_DENSITY = 1e4
 """Galaxies per square degree that a lens finder looks at, of the order of
 those bright enough to be lenses."""
+
+CLEAR_EINSTEIN_RADIUS = 1.4
+"""Einstein radius in arcsec above which a lens with clear arcs is clear."""
+
+CLEAR_ARC_SNR = 20.0
+"""Signal to noise above which arcs are clear."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,10 +234,13 @@ def describe_scores(
         ``n_lenses``, ``n_non_lenses``, ``auroc`` with its standard error,
         and for each rate the true-positive rate with its interval of 95 per
         cent: of all lenses, and of the clear ones, with an Einstein radius
-        above 1 arcsec and arcs of signal to noise above 20.
+        above `CLEAR_EINSTEIN_RADIUS` and arcs of signal to noise above
+        `CLEAR_ARC_SNR`.
     """
     labels = np.asarray(labels, dtype=bool)
-    clear = ~labels | ((np.asarray(einstein_radius) > 1.0) & (np.asarray(arc_snr) > 20.0))
+    clear = ~labels | (
+        (np.asarray(einstein_radius) > CLEAR_EINSTEIN_RADIUS) & (np.asarray(arc_snr) > CLEAR_ARC_SNR)
+    )
     figures: dict[str, Any] = {}
     for name, chosen in (("all", np.ones_like(clear)), ("clear", clear)):
         auroc, error = compute_auroc(scores[chosen], labels[chosen])
@@ -239,6 +250,8 @@ def describe_scores(
             "auroc": auroc,
             "auroc_error": error,
         }
+        if name == "clear":
+            figures[name]["above"] = {"einstein_radius": CLEAR_EINSTEIN_RADIUS, "arc_snr": CLEAR_ARC_SNR}
         for fpr in fprs:
             tpr = compute_tpr_at_fpr(scores[chosen], labels[chosen], fpr)
             figures[name][f"tpr_at_fpr_{fpr:g}"] = [tpr.value, tpr.low, tpr.high]

@@ -24,7 +24,12 @@
 
 from __future__ import annotations
 
-__all__ = ("EvaluateLensFinderConfig", "EvaluateLensFinderConnections", "EvaluateLensFinderTask")
+__all__ = (
+    "EvaluateLensFinderConfig",
+    "EvaluateLensFinderConnections",
+    "EvaluateLensFinderTask",
+    "list_models",
+)
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -76,6 +81,8 @@ from .calibration import (
 )
 from .completeness import (
     CANDIDATE_DENSITY,
+    CLEAR_ARC_SNR,
+    CLEAR_EINSTEIN_RADIUS,
     LENS_DENSITY,
     CompletenessMap,
     compute_completeness_map,
@@ -222,10 +229,16 @@ class EvaluateLensFinderConfig(PipelineTaskConfig, pipelineConnections=EvaluateL
         inclusiveMax=False,
     )
     clearEinsteinRadius = RangeField(
-        dtype=float, doc="Smallest Einstein radius in arcsec of a clear lens.", default=1.4, min=0.0
+        dtype=float,
+        doc="Smallest Einstein radius in arcsec of a clear lens.",
+        default=CLEAR_EINSTEIN_RADIUS,
+        min=0.0,
     )
     clearArcSnr = RangeField(
-        dtype=float, doc="Smallest signal to noise of the arcs of a clear lens.", default=20.0, min=0.0
+        dtype=float,
+        doc="Smallest signal to noise of the arcs of a clear lens.",
+        default=CLEAR_ARC_SNR,
+        min=0.0,
     )
     einsteinRadiusEdges = ListField[float](
         doc="Edges in arcsec of the cells of the completeness map; what is outside does not count.",
@@ -481,7 +494,9 @@ class EvaluateLensFinderTask(PipelineTask):
                 f"The test examples are {int(labels.sum())} lenses and {int((~labels).sum())} non-lenses; "
                 "both are needed.  Add patches, or change the fractions of SimulateLensesTask."
             )
-        if shared := set(rows["host_id"][test]) & set(rows["host_id"][~test]):
+        # Object IDs may repeat from one sky map to another.
+        galaxies = np.array([rows["host_id"], rows["ra"]], dtype=object).T
+        if shared := {*map(tuple, galaxies[test])} & {*map(tuple, galaxies[~test])}:
             self.log.warning("%d galaxies of the test examples are in other splits too.", len(shared))
         self.metadata["n_shared_hosts"] = len(shared)
 
@@ -567,10 +582,9 @@ class EvaluateLensFinderTask(PipelineTask):
         there are no such fields.
         """
         scores = []
-        models = sorted(finder.model.name for finder in finders)
+        models = sorted(f"{finder.model.name} {finder.model.version}" for finder in finders)
         for table in tables:
-            used = sorted(set(str(table["model_name"][0]).split(",") if len(table) else models) - {""})
-            if used != models:
+            if len(table) and (used := list_models(table)) != models:
                 raise EvaluationError(
                     f"The objects of blank fields were scored with models {used}, not with {models}.  Run "
                     "LensFinderTask on them with these."
@@ -630,7 +644,7 @@ class EvaluateLensFinderTask(PipelineTask):
         labels = np.asarray(test["label"])
         n1, n0 = int(labels.sum()), int((~labels).sum())
         if COLORS in scores:
-            for name in set(scores) - {COLORS}:
+            for name in [name for name in scores if name != COLORS]:
                 difference = compute_auroc_difference(scores[name], scores[COLORS], labels)
                 results.add_error(name, "all", "auroc_above_colors", difference, n1, n0, bounds=(-1, 1))
         if not self.config.doRingFinder:
@@ -669,8 +683,7 @@ class EvaluateLensFinderTask(PipelineTask):
         """
         splits, labels = np.asarray(rows["split"]), np.asarray(rows["label"])
         test = splits == "test"
-        # Older tables have no examples for it.
-        fit = splits == ("calibration" if (splits == "calibration").any() else "validation")
+        fit = splits == "calibration"
         if fit.any():
             folds = [(fit, test)]
         else:
@@ -821,3 +834,20 @@ class EvaluateLensFinderTask(PipelineTask):
                 title=best,
             ),
         }
+
+
+def list_models(candidates: Table) -> list[str]:
+    """Return names and versions of the networks that scored candidates.
+
+    Parameters
+    ----------
+    candidates
+        A table of `LensFinderTask` with a row at least.
+
+    Returns
+    -------
+    models
+        Such as ``deeplens_gri_1 6``, sorted; empty without a network.
+    """
+    names, versions = (str(candidates[column][0]).split(",") for column in ("model_name", "model_version"))
+    return sorted(" ".join(pair) for pair in zip(names, versions, strict=True) if any(pair))

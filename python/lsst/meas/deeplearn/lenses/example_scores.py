@@ -127,6 +127,7 @@ class ExampleScorer:
             spoilt = (~cutouts.bad & ~np.isfinite(cutouts.image)).any(axis=(1, 2, 3))
             n_excluded += int(spoilt.sum())
             truth = table[[name for name, _, _ in EXAMPLE_COLUMNS]][~spoilt]
+            truth["ra"] = cutouts.ra[~spoilt]
             cutouts = cutouts[~spoilt]
             for start in range(0, len(truth), self._config.chunkSize):
                 chunk = slice(start, start + self._config.chunkSize)

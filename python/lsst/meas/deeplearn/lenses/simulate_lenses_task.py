@@ -244,6 +244,7 @@ class SimulateLensesConfig(PatchConfig, pipelineConnections=SimulateLensesConnec
         default=0.0,
         min=0.0,
         max=1.0,
+        inclusiveMax=True,
     )
 
     # Non-lenses.
@@ -374,7 +375,7 @@ class SimulateLensesTask(PipelineTask):
     """Paint lensed arcs on galaxies of a patch, and choose non-lenses.
 
     Galaxies that may be lenses get arcs of sources drawn from a prior
-    (`.simulation.sample_lens_population`), for lenses that suit their
+    (`.lens_population.sample_lens_population`), for lenses that suit their
     magnitudes, colours and orientation, with the PSF of the coadd at that
     place.  Non-lenses are those galaxies without arcs, and other kinds.
     """

@@ -29,6 +29,7 @@ __all__ = ("TrainLensFinderConfig", "TrainLensFinderConnections", "TrainLensFind
 import dataclasses
 import importlib
 import importlib.metadata
+import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -165,7 +166,7 @@ class AugmentationConfig(Config):
     )
     maxNoise = RangeField(
         dtype=float,
-        doc="Largest noise in units of that of the stamp, to which half of the stamps are brought: 3.17 "
+        doc="Largest noise in units of that of the stamp, to which half of the stamps are brought: 3.16 "
         "makes 1 year of 10 years.  1 is none.",
         default=1.0,
         min=1.0,
@@ -251,7 +252,9 @@ class TrainLensFinderConfig(PipelineTaskConfig, pipelineConnections=TrainLensFin
     )
     epochs = RangeField(dtype=int, doc="Number of passes over the examples.", default=120, min=1)
     batchSize = RangeField(dtype=int, doc="Number of stamps in a step.", default=128, min=2)
-    learningRate = RangeField(dtype=float, doc="Largest learning rate.", default=1e-3, min=0.0)
+    learningRate = RangeField(
+        dtype=float, doc="Largest learning rate.", default=1e-3, min=0.0, inclusiveMin=False
+    )
     schedule = ChoiceField[str](
         doc="Learning rate in the course of the training.",
         default="step",
@@ -302,6 +305,14 @@ class TrainLensFinderConfig(PipelineTaskConfig, pipelineConnections=TrainLensFin
         super().validate()
         if self.stampSize % 2 == 0:
             raise FieldValidationError(self.__class__.stampSize, self, "The side of stamps must be odd.")
+        if 1 < self.members >= self.epochs:
+            raise FieldValidationError(
+                self.__class__.members, self, f"{self.members} members need more than {self.epochs} epochs."
+            )
+        if self.augmentation.minZoom > self.augmentation.maxZoom:
+            raise FieldValidationError(
+                self.__class__.augmentation, self, "augmentation.minZoom is larger than augmentation.maxZoom."
+            )
 
 
 class TrainLensFinderTask(PipelineTask):
@@ -368,7 +379,8 @@ class TrainLensFinderTask(PipelineTask):
         TrainingSetError
             Raised if the examples do not fit the model or each other, if a
             split lacks lenses or non-lenses, if there are fewer than a batch,
-            or if the initial model cannot be read or is another one.
+            if the initial model cannot be read or is another one, or if the
+            checkpoint is of another training.
         """
         settings = self._make_model_settings()
         initial = self._read_initial_model(settings)
@@ -461,7 +473,7 @@ class TrainLensFinderTask(PipelineTask):
         from torch.nn.functional import binary_cross_entropy_with_logits
 
         from ..image_augmentation import ImageAugmentation
-        from ..training import Batch, TrainingSettings, predict, train
+        from ..training import Batch, CheckpointError, TrainingSettings, predict, train
 
         config = self.config.augmentation
         change = ImageAugmentation(
@@ -508,18 +520,22 @@ class TrainLensFinderTask(PipelineTask):
             for split in ("train", "validation")
             for part in [data.select(split)]
         }
-        return train(
-            initial.make_network if initial else lambda: make_network(self.config.architecture, settings),
-            batches["train"],
-            compute_loss=compute_loss,
-            settings=TrainingSettings(**self._make_training_settings()),
-            validation=batches["validation"],
-            evaluate=evaluate,
-            augment=augment,
-            checkpoint=Path(self.config.checkpoint) if self.config.checkpoint else None,
-            accelerator=self.config.accelerator,
-            devices=self.config.devices,
-        )
+        try:
+            return train(
+                initial.make_network if initial else lambda: make_network(self.config.architecture, settings),
+                batches["train"],
+                compute_loss=compute_loss,
+                settings=TrainingSettings(**self._make_training_settings()),
+                validation=batches["validation"],
+                evaluate=evaluate,
+                augment=augment,
+                checkpoint=Path(self.config.checkpoint) if self.config.checkpoint else None,
+                recipe=json.dumps([self._describe_recipe(), dataclasses.asdict(settings)], default=str),
+                accelerator=self.config.accelerator,
+                devices=self.config.devices,
+            )
+        except CheckpointError as err:
+            raise TrainingSetError(str(err)) from err
 
     def _weigh(self, examples: TrainingSet) -> np.ndarray:
         """Return the weight of each example in the loss, float32."""
