@@ -107,6 +107,13 @@ def test_image_is_in_one_split_only(patch: tuple[MultibandCoadd, Table]) -> None
     check_splits(examples)
 
 
+def test_all_sources_may_be_images(patch: tuple[MultibandCoadd, Table]) -> None:
+    """With a fraction of 1 no source is a profile."""
+    task = SimulateLensesTask(config=make_config(sourceImageFraction=1.0))
+    examples = task.run(*patch, seed=2, source_images=make_images()).examples
+    assert (examples["source_id"][examples["label"]] < 2000).all()
+
+
 def test_catalogue_replaces_the_prior(patch: tuple[MultibandCoadd, Table]) -> None:
     """Lenses are those of the user, within the limits, and do not leak."""
     population = sample_lens_population(60, seed=3, bands="gri")

@@ -486,6 +486,7 @@ def test_kinds_have_weights(examples: Table) -> None:
         ({"members": 3, "epochs": 3}, "need more than 3 epochs"),
         ({"augmentation.minZoom": 2.0}, "minZoom is larger"),
         ({"stampSize": 20}, "odd"),
+        ({"learningRate": 0.0}, "learningRate"),
     ],
 )
 def test_impossible_training_is_refused(values: dict[str, Any], message: str) -> None:

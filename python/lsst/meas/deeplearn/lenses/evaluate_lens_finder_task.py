@@ -495,8 +495,10 @@ class EvaluateLensFinderTask(PipelineTask):
                 "both are needed.  Add patches, or change the fractions of SimulateLensesTask."
             )
         # Object IDs may repeat from one sky map to another.
-        galaxies = np.array([rows["host_id"], rows["ra"]], dtype=object).T
-        if shared := {*map(tuple, galaxies[test])} & {*map(tuple, galaxies[~test])}:
+        tested, others = (
+            set(zip(part["host_id"], part["ra"], strict=True)) for part in (rows[test], rows[~test])
+        )
+        if shared := tested & others:
             self.log.warning("%d galaxies of the test examples are in other splits too.", len(shared))
         self.metadata["n_shared_hosts"] = len(shared)
 
